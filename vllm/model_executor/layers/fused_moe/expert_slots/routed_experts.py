@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layer seam: a `RoutedExperts` whose parameters are slots and whose experts live on the host."""
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import (
+    LayerNameType,
+    _encode_layer_name,
+    _resolve_layer_name,
+    direct_register_custom_op,
+)
+
+from vllm.model_executor.layers.fused_moe.expert_slots.config import (
+    MoEPrefetchConfig,
+    MoEPrefetchError,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.host_store import (
+    ExpertStore,
+    per_expert_parameters,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.manager import ExpertSlotManager
+from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
+
+logger = init_logger(__name__)
+
+SLOTTED_EXPERTS_CLASSES = {
+    "CPUUnquantizedExperts",
+    "X86CPUUnquantizedExperts",
+    "ArmCPUUnquantizedExperts",
+    "PowerCPUUnquantizedExperts",
+}
+"""Kernels that are known to run on remapped expert ids over N slots and to give the same bits."""
+
+
+class ExpertSlotsMixin:
+    """Turns a `RoutedExperts` into slots over a host store.
+
+    The stock class creates, loads and processes all experts in host memory; the step that follows
+    (`_make_slots`) keeps them as the store and shrinks the parameters to the slots.
+    """
+
+    slots: ExpertSlotManager | None = None
+
+    def adopt_expert_slots(self) -> None:
+        """Arms a layer that stock code has just constructed; its weights are still empty.
+
+        Raises:
+            MoEPrefetchError: this layer cannot be slotted.
+        """
+        self.slots_config = MoEPrefetchConfig.from_additional_config(
+            get_current_vllm_config().additional_config
+        )
+        if self.slots_config is None:
+            return
+        self.num_slots = max(self.slots_config.slots, self.top_k)
+        if self.num_slots > self.slots_config.slots:
+            logger.warning_once(
+                "--moe-gpu-prefetch %d is below the router's top-k; raised to %d slots per layer.",
+                self.slots_config.slots,
+                self.num_slots,
+            )
+        if self.num_slots >= self.local_num_experts:
+            logger.info_once(
+                "--moe-gpu-prefetch %d covers all %d experts of a layer: full residency, nothing "
+                "is offloaded.",
+                self.slots_config.slots,
+                self.local_num_experts,
+            )
+            return
+        self._refuse_unless_slottable()
+        self._loaded_shards: dict[str, dict[int, set[str]]] = {}
+        self._process_weights = self.quant_method.process_weights_after_loading
+        self.quant_method.process_weights_after_loading = self._process_then_make_slots
+        self.quant_method.requires_device_loading = False
+        for parameter in self.parameters(recurse=False):
+            if hasattr(parameter, "weight_loader"):
+                parameter.weight_loader = self.weight_loader
+
+    def _refuse_unless_slottable(self) -> None:
+        parallel = self.moe_config.moe_parallel_config
+        experts_cls = getattr(self.quant_method, "experts_cls", None)
+        experts_name = getattr(experts_cls, "__name__", type(self.quant_method).__name__)
+        reason = None
+        if not current_platform.is_cpu():
+            reason = "expert slots run on vLLM's CPU platform only; the CUDA kernels are not built"
+        elif parallel.dp_size > 1:
+            reason = "data parallelism routes tokens of other ranks past the slots; use tensor"
+            reason += " parallelism"
+        elif parallel.use_ep:
+            reason = "expert parallelism is not supported; drop --enable-expert-parallel"
+        elif parallel.enable_eplb:
+            reason = "EPLB moves experts between ranks; drop --enable-eplb"
+        elif self.moe_config.is_lora_enabled:
+            reason = "LoRA adapters are indexed by expert id; drop --enable-lora"
+        elif experts_name not in SLOTTED_EXPERTS_CLASSES:
+            reason = f"its kernel {experts_name} is not known to run on remapped expert ids"
+        if reason:
+            raise MoEPrefetchError(
+                f"--moe-gpu-prefetch cannot serve layer {self.layer_name} "
+                f"({type(self).__name__}): {reason}. Or serve without --moe-gpu-prefetch."
+            )
+
+    def weight_loader(self, param: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.slots is not None:
+            raise MoEPrefetchError(
+                f"{self.layer_name}: weights cannot be reloaded into expert slots; restart the "
+                "engine to serve other weights."
+            )
+        return super().weight_loader(param, *args, **kwargs)
+
+    def _process_then_make_slots(self, layer: torch.nn.Module) -> None:
+        self._process_weights(layer)
+        parameters = per_expert_parameters(layer, self.local_num_experts)
+        store = ExpertStore({name: p.data for name, p in parameters.items()})
+        buffers = SlotBuffers(parameters, store, self.num_slots, self.moe_config.device)
+        self.slots = ExpertSlotManager(self.slots_config, buffers)
+
+    def forward_modular(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> Any:
+        if self.slots is None:
+            return super().forward_modular(
+                x, topk_weights, topk_ids, shared_experts, shared_experts_input
+            )
+        if torch.compiler.is_compiling():
+            # Everything around stays traced as in stock, so that compiled code is the same code.
+            return torch.ops.vllm.moe_expert_slots(
+                x, topk_weights, topk_ids, _encode_layer_name(self.layer_name)
+            )
+        return self.forward_slots(x, topk_weights, topk_ids)
+
+    def forward_slots(
+        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Runs the stock kernel over the slots.
+
+        Args:
+            x: [tokens, hidden].
+            topk_weights: [tokens, top_k] float32.
+            topk_ids: [tokens, top_k] int32, expert ids of this rank.
+
+        Returns:
+            [tokens, hidden], dtype of `x`.
+        """
+        assert self.slots is not None
+        if get_forward_context().attn_metadata is None:
+            # A profiling or warm-up run: its rows are nobody's needs.
+            with self.slots.buffers.reading_store():
+                return super().forward_modular(x, topk_weights, topk_ids)
+        plan = self.slots.plan(topk_ids)
+        for wave in plan.waves:
+            self.slots.load(wave)
+        if not plan.overflow:
+            return super().forward_modular(x, topk_weights, self.slots.remap(topk_ids))
+        # The CPU kernel reduces over top-k itself, so waves could only be summed after rounding.
+        # Slots and store are one memory here: the arithmetic reads the store, which is exact.
+        with self.slots.buffers.reading_store():
+            return super().forward_modular(x, topk_weights, topk_ids)
+
+
+class SlottedRoutedExperts(ExpertSlotsMixin, RoutedExperts):
+    """Stands in for stock's `RoutedExperts`; acts as stock where no slots were asked for."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        # Experts are created in host memory; the full set never exists on the device.
+        if _slots_wanted():
+            with torch.device("cpu"):
+                super().__init__(*args, **kwargs)
+        else:
+            super().__init__(*args, **kwargs)
+        self.adopt_expert_slots()
+
+
+def _slots_wanted() -> bool:
+    config = get_current_vllm_config().additional_config
+    return MoEPrefetchConfig.from_additional_config(config) is not None
+
+
+def slotted(routed_experts: RoutedExperts) -> None:
+    """Gives slots to a layer whose model brings its own `RoutedExperts` subclass."""
+    cls = type(routed_experts)
+    if not isinstance(routed_experts, ExpertSlotsMixin) and _slots_wanted():
+        routed_experts.__class__ = type(f"Slotted{cls.__name__}", (ExpertSlotsMixin, cls), {})
+        routed_experts.adopt_expert_slots()
+
+
+def _moe_expert_slots(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    layer_name: LayerNameType,
+) -> torch.Tensor:
+    layers = get_forward_context().no_compile_layers
+    return layers[_resolve_layer_name(layer_name)].routed_experts.forward_slots(
+        x, topk_weights, topk_ids
+    )
+
+
+def _moe_expert_slots_fake(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    layer_name: LayerNameType,
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+direct_register_custom_op(
+    op_name="moe_expert_slots",
+    op_func=_moe_expert_slots,
+    fake_impl=_moe_expert_slots_fake,
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)

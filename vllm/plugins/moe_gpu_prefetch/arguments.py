@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flag: `--moe-gpu-prefetch N` and `--moe-gpu-prefetch-config`, merged into additional_config."""
+
+import argparse
+import functools
+import json
+import sys
+from typing import Any
+
+from vllm.config.utils import get_attr_docs
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm.model_executor.layers.fused_moe.expert_slots.config import (
+    OPTIONS_KEY,
+    SLOTS_KEY,
+    MoEPrefetchConfig,
+    MoEPrefetchError,
+)
+
+_EXPERT_PARAMETER = ".mlp.experts.routed_experts.w13_weight.w2_weight."
+
+
+def _slots(value: str) -> int:
+    try:
+        slots: Any = int(value)
+    except ValueError:
+        slots = value
+    try:
+        return MoEPrefetchConfig.validated(slots, {}).slots
+    except MoEPrefetchError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _options(value: str) -> dict[str, Any]:
+    try:
+        options = json.loads(value)
+        MoEPrefetchConfig.validated(1, options)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{value!r} is not JSON: {error}") from None
+    except MoEPrefetchError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return options
+
+
+def _add_group(parser: argparse.ArgumentParser) -> None:
+    docs = {name: " ".join(text.split()) for name, text in get_attr_docs(MoEPrefetchConfig).items()}
+    group = parser.add_argument_group("ExpertSlots", MoEPrefetchConfig.__doc__)
+    group.add_argument(
+        "--moe-gpu-prefetch", type=_slots, default=None, metavar="N", help=docs["slots"]
+    )
+    options = "\n\n".join(f"{name}: {text}" for name, text in docs.items() if name != "slots")
+    group.add_argument(
+        "--moe-gpu-prefetch-config",
+        type=_options,
+        default=None,
+        help=f"Options of the expert slots.\n\n{options}\n\nShould either be a valid JSON string "
+        "or JSON keys passed individually.",
+    )
+
+
+def _merge(args: argparse.Namespace) -> None:
+    merged = dict(getattr(args, "additional_config", None) or {})
+    for key in (SLOTS_KEY, OPTIONS_KEY):
+        value = getattr(args, key, None)
+        if value is None:
+            continue
+        if merged.get(key, value) != value:
+            raise MoEPrefetchError(
+                f"--{key.replace('_', '-')} {value!r} contradicts additional_config "
+                f"{key}={merged[key]!r}; give one of the two."
+            )
+        merged[key] = value
+    if merged:
+        args.additional_config = merged
+
+
+def refuse(engine_args: EngineArgs) -> None:
+    """Refuses, before anything starts, what expert slots cannot be combined with.
+
+    Raises:
+        MoEPrefetchError: names the combination and the way out.
+    """
+    if MoEPrefetchConfig.from_additional_config(engine_args.additional_config) is None:
+        return
+
+    def hits_experts(active: bool, segments: set[str] | None) -> bool:
+        return active and (not segments or any(f".{s}." in _EXPERT_PARAMETER for s in segments))
+
+    conflicts = {
+        "--enable-eplb": engine_args.enable_eplb,
+        "--enable-lora": engine_args.enable_lora,
+        "--enable-expert-parallel": engine_args.enable_expert_parallel,
+        "--data-parallel-size above 1": engine_args.data_parallel_size > 1,
+        "--cpu-offload-gb on the experts": hits_experts(
+            engine_args.cpu_offload_gb > 0, engine_args.cpu_offload_params
+        ),
+        "--offload-group-size on the experts": hits_experts(
+            engine_args.offload_group_size > 0, engine_args.offload_params
+        ),
+    }
+    for flag, present in conflicts.items():
+        if present:
+            raise MoEPrefetchError(
+                f"--moe-gpu-prefetch cannot be combined with {flag}: drop one of the two "
+                "(docs/limits.md says why)."
+            )
+
+
+def install() -> None:
+    """Wraps the three methods of `EngineArgs` that see every engine's arguments."""
+    add_cli_args = EngineArgs.add_cli_args
+    from_cli_args = EngineArgs.from_cli_args.__func__
+    create_engine_config = EngineArgs.create_engine_config
+
+    @functools.wraps(add_cli_args)
+    def add_cli_args_with_slots(parser: Any) -> Any:
+        parser = add_cli_args(parser)
+        _add_group(parser)
+        return parser
+
+    @functools.wraps(from_cli_args)
+    def from_cli_args_with_slots(cls: type, args: argparse.Namespace) -> EngineArgs:
+        try:
+            _merge(args)
+            engine_args = from_cli_args(cls, args)
+            refuse(engine_args)
+        except MoEPrefetchError as error:
+            print(f"vllm: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        return engine_args
+
+    @functools.wraps(create_engine_config)
+    def create_engine_config_with_slots(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        refuse(self)
+        return create_engine_config(self, *args, **kwargs)
+
+    EngineArgs.add_cli_args = staticmethod(add_cli_args_with_slots)
+    EngineArgs.from_cli_args = classmethod(from_cli_args_with_slots)
+    EngineArgs.create_engine_config = create_engine_config_with_slots
