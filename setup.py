@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packages only the files this patch adds to vLLM's tree; stock vLLM owns every package above them."""
+"""Packages the files this patch adds to vLLM's tree; stock vLLM owns every package above them."""
 
 from setuptools import setup
 

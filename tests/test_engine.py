@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On the real engine, outputs from slots equal stock vLLM's bit for bit, and offload really happens."""
+"""On the real engine, outputs from slots equal stock's bit for bit, and offload really happens."""
 
 import gc
 

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 LEFT_OUT = {"torch", "torchaudio", "torchcodec", "torchvision", "vllm"}
 
-distribution, extra = sys.argv[1], (sys.argv + [""])[2]
+distribution, extra = sys.argv[1], [*sys.argv, ""][2]
 for line in requires(distribution) or []:
     requirement = Requirement(line)
     wanted = requirement.marker is None or requirement.marker.evaluate({"extra": extra})

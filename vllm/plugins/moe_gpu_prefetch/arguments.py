@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flag: `--moe-gpu-prefetch N` and `--moe-gpu-prefetch-config`, merged into additional_config."""
+"""The flags `--moe-gpu-prefetch` and `--moe-gpu-prefetch-config`, merged into additional_config."""
 
 import argparse
 import functools

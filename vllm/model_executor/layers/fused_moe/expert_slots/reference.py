@@ -6,11 +6,11 @@ slots and one wave computes everything. Where it does not (an overflow step), th
 all hits and as many misses as there are slots without a needed expert; every further miss streams
 through a small ring of the least valuable slots, so that the hot set survives a long prefill:
 
-    slots by value   | v0 v1 | v2 ...                    vN-1 |
-                     | ring  | kept through the step          |
-    wave 1           | half 0|                                     waves alternate between the two
-    wave 2           | half 1|                                     halves of the ring, so that one
-    wave 3           | half 0|                                     half loads while the other computes
+    slots by value   | v0 v1 | v2 ...         vN-1 |
+                     | ring  | kept in their slots |
+    wave 1           | half 0|
+    wave 2           | half 1|
+    wave 3           | half 0|      one half can load while the other computes
 """
 
 from dataclasses import dataclass

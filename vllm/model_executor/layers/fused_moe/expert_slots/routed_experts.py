@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layer seam: a `RoutedExperts` whose parameters are slots and whose experts live on the host."""
+"""The layer seam: a `RoutedExperts` whose parameters are slots over experts in host memory."""
 
 from typing import Any
 
