@@ -18,4 +18,5 @@ for line in requires(distribution) or []:
     requirement = Requirement(line)
     wanted = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
     if wanted and requirement.name.lower() not in LEFT_OUT:
-        print(f"{requirement.name}{requirement.specifier}")
+        requirement.marker = None
+        print(requirement)

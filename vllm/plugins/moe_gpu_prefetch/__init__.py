@@ -10,7 +10,12 @@ def register() -> None:
     if _registered:
         return
     _registered = True
-    from vllm.plugins.moe_gpu_prefetch import arguments, layers
+    from vllm.plugins.moe_gpu_prefetch import arguments, seams
 
+    # On an unsupported vLLM the flag is still there, to be refused with the reason.
     arguments.install()
-    layers.install()
+    if seams.unsupported_version() is None:
+        from vllm.plugins.moe_gpu_prefetch import layers, loading
+
+        layers.install()
+        loading.install()

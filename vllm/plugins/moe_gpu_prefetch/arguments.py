@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from vllm.config.utils import get_attr_docs
-from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     OPTIONS_KEY,
@@ -16,7 +16,11 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.counters import open_counters_directory
+from vllm.plugins.moe_gpu_prefetch.seams import unsupported_version
 
+WORKER_EXTENSION = "vllm.plugins.moe_gpu_prefetch.worker.ExpertSlotsWorkerExtension"
+_WHOLE_LOADERS = {"tensorizer", "modelexpress", "ipc_cache"}
 _EXPERT_PARAMETER = ".mlp.experts.routed_experts.w13_weight.w2_weight."
 
 
@@ -74,19 +78,28 @@ def _merge(args: argparse.Namespace) -> None:
         args.additional_config = merged
 
 
+def slots_wanted(engine_args: EngineArgs) -> bool:
+    """Whether these arguments ask for expert slots."""
+    return MoEPrefetchConfig.from_additional_config(engine_args.additional_config) is not None
+
+
 def refuse(engine_args: EngineArgs) -> None:
     """Refuses, before anything starts, what expert slots cannot be combined with.
 
     Raises:
         MoEPrefetchError: names the combination and the way out.
     """
-    if MoEPrefetchConfig.from_additional_config(engine_args.additional_config) is None:
+    if not slots_wanted(engine_args):
         return
 
     def hits_experts(active: bool, segments: set[str] | None) -> bool:
         return active and (not segments or any(f".{s}." in _EXPERT_PARAMETER for s in segments))
 
+    if reason := unsupported_version():
+        raise MoEPrefetchError(reason)
+
     conflicts = {
+        f"--load-format {engine_args.load_format}": engine_args.load_format in _WHOLE_LOADERS,
         "--enable-eplb": engine_args.enable_eplb,
         "--enable-lora": engine_args.enable_lora,
         "--enable-expert-parallel": engine_args.enable_expert_parallel,
@@ -104,6 +117,18 @@ def refuse(engine_args: EngineArgs) -> None:
                 f"--moe-gpu-prefetch cannot be combined with {flag}: drop one of the two "
                 "(docs/limits.md says why)."
             )
+
+
+def _leave_log_stats_disabled() -> None:
+    """Any stat-logger plugin switches statistics back on; without the flag ours must not."""
+    from vllm.v1.engine import async_llm
+
+    from vllm.plugins.moe_gpu_prefetch.metrics import ExpertSlotsStatLogger
+
+    load = async_llm.load_stat_logger_plugin_factories
+    async_llm.load_stat_logger_plugin_factories = lambda: [
+        factory for factory in load() if factory is not ExpertSlotsStatLogger
+    ]
 
 
 def install() -> None:
@@ -132,6 +157,11 @@ def install() -> None:
     @functools.wraps(create_engine_config)
     def create_engine_config_with_slots(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
         refuse(self)
+        if slots_wanted(self):
+            open_counters_directory()
+            self.worker_extension_cls = self.worker_extension_cls or WORKER_EXTENSION
+        elif isinstance(self, AsyncEngineArgs) and self.disable_log_stats:
+            _leave_log_stats_disabled()
         return create_engine_config(self, *args, **kwargs)
 
     EngineArgs.add_cli_args = staticmethod(add_cli_args_with_slots)

@@ -1,34 +1,111 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer's slots did, as running totals."""
+"""What a layer's slots did, as running totals that other processes can read.
 
+Each layer and rank owns one small file of int64 totals in a directory that the front-end process
+names in the environment; the worker maps it, so that counting costs no more than an addition and
+a reader sees the totals as they are, without asking the engine.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from vllm.model_executor.layers.fused_moe.expert_slots.reference import StepPlan
 
+DIRECTORY_VARIABLE = "VLLM_MOE_GPU_PREFETCH_COUNTERS"
 
-@dataclass
+TOTALS = {
+    "steps": "Steps of the layer",
+    "needed": "Distinct experts that steps needed",
+    "hits": "Needed experts that were resident",
+    "misses": "Needed experts that were not resident",
+    "loads": "Experts loaded host-to-device into a slot",
+    "evictions": "Loads that overwrote another expert",
+    "waves": "Passes of the fused-MoE kernel",
+    "overflow_steps": "Steps that needed more experts than there are slots",
+    "bytes_loaded": "Bytes loaded host-to-device",
+}
+SIZES = {
+    "slots": "Expert slots of the layer",
+    "slot_bytes": "Bytes of the layer's slots",
+    "store_bytes": "Bytes of the layer's host store",
+}
+_FIELDS = [*TOTALS, *SIZES]
+_OWN_DIRECTORIES: set[str] = set()
+
+
+def open_counters_directory() -> None:
+    """Makes the directory of this engine's counter files and names it in the environment, which
+    every process started from here inherits. It is removed when this process ends."""
+    inherited = os.environ.get(DIRECTORY_VARIABLE)
+    if inherited and Path(inherited).is_dir() and inherited not in _OWN_DIRECTORIES:
+        return
+    directory = tempfile.mkdtemp(prefix="vllm-expert-slots-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    _OWN_DIRECTORIES.add(directory)
+    os.environ[DIRECTORY_VARIABLE] = directory
+
+
 class SlotCounters:
     """Totals of one layer and rank since loading. `hits + misses == needed`; every miss is one
     load; bytes are those of the loads."""
 
-    steps: int = 0
-    needed: int = 0
-    hits: int = 0
-    misses: int = 0
-    loads: int = 0
-    evictions: int = 0
-    waves: int = 0
-    overflow_steps: int = 0
-    bytes_loaded: int = 0
+    def __init__(self, layer_name: str, rank: int, slots: int, bytes_per_expert: int, experts: int):
+        self._bytes_per_expert = bytes_per_expert
+        directory = os.environ.get(DIRECTORY_VARIABLE)
+        if directory and Path(directory).is_dir():
+            path = Path(directory) / f"{rank}@{layer_name}"
+            self._values = np.memmap(path, dtype=np.int64, mode="w+", shape=(len(_FIELDS),))
+        else:
+            self._values = np.zeros(len(_FIELDS), dtype=np.int64)
+        self._values[len(TOTALS) :] = (slots, slots * bytes_per_expert, experts * bytes_per_expert)
 
-    def add(self, plan: StepPlan, bytes_per_expert: int) -> None:
+    def add(self, plan: StepPlan) -> None:
         loads = sum(wave.loads for wave in plan.waves)
-        self.steps += 1
-        self.needed += plan.needed
-        self.hits += plan.hits
-        self.misses += plan.needed - plan.hits
-        self.loads += loads
-        self.evictions += sum(wave.evicted for wave in plan.waves)
-        self.waves += len(plan.waves)
-        self.overflow_steps += plan.overflow
-        self.bytes_loaded += loads * bytes_per_expert
+        evictions = sum(wave.evicted for wave in plan.waves)
+        self._values[: len(TOTALS)] += (
+            1,
+            plan.needed,
+            plan.hits,
+            plan.needed - plan.hits,
+            loads,
+            evictions,
+            len(plan.waves),
+            plan.overflow,
+            loads * self._bytes_per_expert,
+        )
+
+    def __getattr__(self, name: str) -> int:
+        try:
+            return int(self.__dict__["_values"][_FIELDS.index(name)])
+        except (KeyError, ValueError):
+            raise AttributeError(name) from None
+
+    def as_dict(self) -> dict[str, int]:
+        return dict(zip(_FIELDS, self._values.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class LayerReading:
+    """One layer's totals and sizes as another process sees them."""
+
+    rank: int
+    layer: str
+    values: dict[str, int]
+
+
+def read_counters(directory: Path) -> list[LayerReading]:
+    """Reads every layer's file in `directory`; files of another length are not ours and skipped."""
+    readings = []
+    for path in sorted(directory.iterdir()):
+        rank, at, layer = path.name.partition("@")
+        values = np.fromfile(path, dtype=np.int64)
+        if at and rank.isdecimal() and len(values) == len(_FIELDS):
+            totals = dict(zip(_FIELDS, values.tolist(), strict=True))
+            readings.append(LayerReading(int(rank), layer, totals))
+    return readings

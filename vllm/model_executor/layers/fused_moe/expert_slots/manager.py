@@ -22,14 +22,18 @@ class ExpertSlotManager:
     for an empty cache.
     """
 
-    def __init__(self, config: MoEPrefetchConfig, buffers: SlotBuffers):
+    def __init__(
+        self, config: MoEPrefetchConfig, buffers: SlotBuffers, layer_name: str = "", rank: int = 0
+    ):
         self.buffers = buffers
         self.store = buffers.store
         self.num_experts = self.store.num_experts
         self.num_slots = buffers.num_slots
         self.tables = ResidencyTables(self.num_experts, self.num_slots)
         self.history = ExpertHistory(self.num_experts, config.policy, config.lfu_half_life)
-        self.counters = SlotCounters()
+        self.counters = SlotCounters(
+            layer_name, rank, self.num_slots, self.store.bytes_per_expert, self.num_experts
+        )
         everyone = torch.arange(self.num_slots)
         self.tables.assign(everyone, everyone)
         buffers.load(everyone, everyone)
@@ -42,7 +46,7 @@ class ExpertSlotManager:
             topk_ids: [tokens, top_k] integers, 0 ... E-1, or -1 for a row that needs nothing.
         """
         plan = plan_step(self.tables, self.history, topk_ids)
-        self.counters.add(plan, self.store.bytes_per_expert)
+        self.counters.add(plan)
         return plan
 
     def load(self, wave: Wave) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_world_group
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -24,6 +25,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.host_store import (
     ExpertStore,
     per_expert_parameters,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.load_coverage import LoadCoverage
 from vllm.model_executor.layers.fused_moe.expert_slots.manager import ExpertSlotManager
 from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
 
@@ -46,6 +48,7 @@ class ExpertSlotsMixin:
     """
 
     slots: ExpertSlotManager | None = None
+    _coverage: LoadCoverage | None = None
 
     def adopt_expert_slots(self) -> None:
         """Arms a layer that stock code has just constructed; its weights are still empty.
@@ -74,7 +77,7 @@ class ExpertSlotsMixin:
             )
             return
         self._refuse_unless_slottable()
-        self._loaded_shards: dict[str, dict[int, set[str]]] = {}
+        self._coverage = LoadCoverage(self, get_current_vllm_config().load_config.load_format)
         self._process_weights = self.quant_method.process_weights_after_loading
         self.quant_method.process_weights_after_loading = self._process_then_make_slots
         self.quant_method.requires_device_loading = False
@@ -112,14 +115,22 @@ class ExpertSlotsMixin:
                 f"{self.layer_name}: weights cannot be reloaded into expert slots; restart the "
                 "engine to serve other weights."
             )
-        return super().weight_loader(param, *args, **kwargs)
+        loaded = super().weight_loader(param, *args, **kwargs)
+        if self._coverage is not None:
+            self._coverage.record(param, *args, **kwargs)
+        return loaded
 
     def _process_then_make_slots(self, layer: torch.nn.Module) -> None:
+        assert self._coverage is not None
+        self._coverage.check()
+        self._coverage = None
         self._process_weights(layer)
         parameters = per_expert_parameters(layer, self.local_num_experts)
         store = ExpertStore({name: p.data for name, p in parameters.items()})
         buffers = SlotBuffers(parameters, store, self.num_slots, self.moe_config.device)
-        self.slots = ExpertSlotManager(self.slots_config, buffers)
+        self.slots = ExpertSlotManager(
+            self.slots_config, buffers, self.layer_name, get_world_group().rank
+        )
 
     def forward_modular(
         self,

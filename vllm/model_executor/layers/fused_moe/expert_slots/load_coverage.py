@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parts of which experts a checkpoint brought. Stock vLLM serves whatever memory held where an
+expert tensor is missing; a host store that is wrong for good must not be built from it."""
+
+from typing import Any
+
+import torch
+
+from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+
+_TENSOR_BY_TENSOR = {"auto", "hf", "safetensors", "pt", "npcache", "fastsafetensors", "mistral"}
+"""Load formats that hand every checkpoint tensor to the layer's weight loader."""
+
+
+class LoadCoverage:
+    """Records the loads of one layer, and checks them once loading has ended."""
+
+    def __init__(self, layer: Any, load_format: str):
+        self._layer = layer
+        self._complete_expected = str(load_format) in _TENSOR_BY_TENSOR
+        self._shards: dict[str, dict[int, set[str]]] = {}
+        self._whole: set[str] = set()
+        self._names = {id(p): name for name, p in layer.named_parameters(recurse=False)}
+
+    def record(
+        self,
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int | None = None,
+        return_success: bool = False,
+    ) -> None:
+        """Takes the arguments of `RoutedExperts.weight_loader`; no `expert_id` = all experts."""
+        name = self._names.get(id(param), weight_name)
+        if expert_id is None:
+            self._whole.add(name)
+            return
+        local = self._layer._map_global_expert_id_to_local_expert_id(expert_id)
+        self._shards.setdefault(name, {}).setdefault(local, set()).add(shard_id)
+
+    def check(self) -> None:
+        """Raises:
+        MoEPrefetchError: names the layer, the parameter and the experts that were not loaded.
+        """
+        if not self._complete_expected:
+            return
+        weights = {name for name in self._names.values() if name.endswith("_weight")}
+        for name in sorted(weights | set(self._shards)):
+            if name in self._whole:
+                continue
+            loaded = self._shards.get(name, {})
+            shards = set().union(*loaded.values()) if loaded else {"any part"}
+            if name == "w13_weight" and shards & {"w1", "w3"}:
+                shards = {"w1", "w3"} if self._layer.moe_config.is_act_and_mul else {"w1"}
+            missing = [
+                f"{shard} of expert {expert}"
+                for expert in range(self._layer.local_num_experts)
+                for shard in sorted(shards - loaded.get(expert, set()))
+            ]
+            if missing:
+                more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+                raise MoEPrefetchError(
+                    f"the checkpoint is incomplete: {self._layer.layer_name}.{name} got no "
+                    f"{', '.join(missing[:4])}{more}. Fetch the checkpoint again."
+                )

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""After loading: says what was decided, and refuses a model whose experts slipped past the slots."""
+
+import functools
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from vllm.model_executor.layers.fused_moe.expert_slots.config import (
+    MoEPrefetchConfig,
+    MoEPrefetchError,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.routed_experts import ExpertSlotsMixin
+
+logger = init_logger(__name__)
+
+_GIB = 1 << 30
+
+
+def resident_sequences(num_experts: int, top_k: int, slots: int) -> int:
+    """Sequences that may decode together before their experts outgrow the slots.
+
+    A batch of b needs `E * (1 - (1 - k / E) ** b)` distinct experts if routing is uniform; real
+    routing is more local, so this is the low end.
+    """
+    batch = 1
+    while num_experts * (1 - (1 - top_k / num_experts) ** (batch + 1)) <= slots:
+        batch += 1
+    return batch
+
+
+def report(model: torch.nn.Module, config: MoEPrefetchConfig, model_config: Any) -> None:
+    """Logs the one line that says what the slots cost.
+
+    Raises:
+        MoEPrefetchError: a MoE model of which no layer went through `RoutedExperts`.
+    """
+    layers = [module for module in model.modules() if isinstance(module, ExpertSlotsMixin)]
+    slotted = [layer for layer in layers if layer.slots is not None]
+    if slotted:
+        first = slotted[0]
+        logger.info(
+            "Expert slots: %d MoE layers, %d experts top-%d, %d slots each (%s): %.3f GiB of slots "
+            "on %s, %.3f GiB of experts in host memory, %d bytes per expert. About %d concurrent "
+            "sequences keep their experts resident.",
+            len(slotted),
+            first.local_num_experts,
+            first.top_k,
+            first.num_slots,
+            config.policy,
+            sum(layer.slots.buffers.num_bytes for layer in slotted) / _GIB,
+            first.moe_config.device,
+            sum(layer.slots.store.num_bytes for layer in slotted) / _GIB,
+            first.slots.store.bytes_per_expert,
+            resident_sequences(first.local_num_experts, first.top_k, first.num_slots),
+        )
+    elif not layers and model_config.is_moe:
+        raise MoEPrefetchError(
+            f"--moe-gpu-prefetch {config.slots}: {type(model).__name__} ({model_config.model}) is "
+            "a MoE model whose experts do not go through vLLM's fused-MoE layer, so they cannot "
+            "be put into slots. Serve it without --moe-gpu-prefetch."
+        )
+    elif not layers:
+        logger.info(
+            "--moe-gpu-prefetch %d is ignored: %s is a dense model.",
+            config.slots,
+            model_config.model,
+        )
+
+
+def install() -> None:
+    """Wraps `BaseModelLoader.load_model`, the one place every loaded model passes."""
+    load_model = BaseModelLoader.load_model
+
+    @functools.wraps(load_model)
+    def load_model_and_report(
+        self: BaseModelLoader, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any
+    ) -> torch.nn.Module:
+        model = load_model(self, vllm_config, model_config, *args, **kwargs)
+        config = MoEPrefetchConfig.from_additional_config(vllm_config.additional_config)
+        if config is not None:
+            report(model, config, model_config)
+        return model
+
+    BaseModelLoader.load_model = load_model_and_report

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every name of vLLM that this feature wraps, replaces or relies on: one line each. A test resolves
+the table against the installed vLLM, so that an upgrade fails there, with the seam's name."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+SUPPORTED = SpecifierSet(">=0.32,<0.34", prereleases=True)
+
+_MOE = "vllm.model_executor.layers.fused_moe"
+
+
+@dataclass(frozen=True)
+class Seam:
+    """`target` is module:qualname; `parameters` are those we rely on, by name; `in_tree` says what
+    the same feature would do at this place as a patch on vLLM itself."""
+
+    target: str
+    kind: Literal["wrapped", "replaced", "relied on"]
+    reason: str
+    in_tree: str = ""
+    parameters: tuple[str, ...] = ()
+
+
+SEAMS = (
+    Seam(
+        "vllm.engine.arg_utils:EngineArgs.add_cli_args",
+        "wrapped",
+        "adds the ExpertSlots group to every engine's parser",
+        "two fields on EngineArgs and a group of their own in this method",
+        ("parser",),
+    ),
+    Seam(
+        "vllm.engine.arg_utils:EngineArgs.from_cli_args",
+        "wrapped",
+        "merges the flags into additional_config; refuses conflicts before anything starts",
+        "nothing: the two fields are picked up as they are",
+        ("args",),
+    ),
+    Seam(
+        "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+        "wrapped",
+        "refuses conflicts for LLM(...) too; opens the counters' directory",
+        "builds MoEPrefetchConfig, a field of OffloadConfig with the checks as its validator",
+    ),
+    Seam(
+        "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model",
+        "wrapped",
+        "logs what was decided; refuses a MoE model that slipped past the slots",
+        "one call at the end of this method",
+        ("vllm_config", "model_config"),
+    ),
+    Seam(
+        f"{_MOE}.routed_experts:RoutedExperts",
+        "replaced",
+        "out-of-tree registry: parameters become slots, forward_modular remaps ids",
+        "FusedMoEFactory in layer.py picks SlottedRoutedExperts when the option is set",
+        ("layer_name", "params_dtype", "moe_config", "quant_config"),
+    ),
+    Seam(
+        f"{_MOE}.runner.moe_runner:MoERunner",
+        "replaced",
+        "out-of-tree registry: reaches models that bring their own RoutedExperts class",
+        "nothing: the factory applies the mixin to routed_experts_cls",
+        ("layer_name", "routed_experts"),
+    ),
+    Seam(
+        f"{_MOE}.routed_experts:RoutedExperts.forward_modular",
+        "relied on",
+        "the one call between router and kernel",
+        "",
+        ("x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input"),
+    ),
+    Seam(
+        f"{_MOE}.routed_experts:RoutedExperts.weight_loader",
+        "relied on",
+        "tells which experts the checkpoint brought",
+        "",
+        ("param", "loaded_weight", "weight_name", "shard_id", "expert_id"),
+    ),
+    Seam(
+        f"{_MOE}.routed_experts:RoutedExperts._map_global_expert_id_to_local_expert_id",
+        "relied on",
+        "the checkpoint's expert id as this rank counts it",
+        "",
+        ("expert_id",),
+    ),
+    Seam(
+        f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase.moe_quant_config",
+        "relied on",
+        "searched for per-expert tensors that slots could not follow (set in __init__)",
+    ),
+    Seam(
+        "vllm.model_executor.layers.quantization.base_config:"
+        "QuantizeMethodBase.process_weights_after_loading",
+        "relied on",
+        "wrapped on the layer's own instance: slots are made right after it",
+        "SlottedRoutedExperts makes its slots in a hook of the loader",
+        ("layer",),
+    ),
+    Seam(
+        "vllm.model_executor.layers.quantization.base_config:"
+        "QuantizeMethodBase.requires_device_loading",
+        "relied on",
+        "set False on the instance: the loader must not move the experts to the device",
+    ),
+    Seam(
+        "vllm.model_executor.custom_op:op_registry_oot",
+        "relied on",
+        "shows whether another plugin holds one of the replaced names",
+    ),
+    Seam(
+        "vllm.model_executor.custom_op:PluggableLayer.register_oot",
+        "relied on",
+        "the out-of-tree registry",
+    ),
+    Seam(
+        "vllm.forward_context:ForwardContext.no_compile_layers",
+        "relied on",
+        "finds the layer from inside the opaque op (a dataclass field)",
+    ),
+    Seam(
+        "vllm.forward_context:ForwardContext.attn_metadata",
+        "relied on",
+        "None in profiling and warm-up runs (a dataclass field)",
+    ),
+    Seam(
+        "vllm.utils.torch_utils:direct_register_custom_op",
+        "relied on",
+        "registers the opaque op",
+        "",
+        ("op_name", "op_func", "fake_impl", "tags"),
+    ),
+    Seam("vllm.utils.torch_utils:_encode_layer_name", "relied on", "layer name as an op argument"),
+    Seam("vllm.utils.torch_utils:_resolve_layer_name", "relied on", "and back"),
+    Seam("vllm.config.utils:get_attr_docs", "relied on", "field docstrings as --help text"),
+    Seam(
+        "vllm.v1.metrics.loggers:StatLoggerBase",
+        "relied on",
+        "vllm.stat_logger_plugins: a hook after vLLM's own metrics exist",
+        "the samples are made in PrometheusStatLogger",
+    ),
+    Seam(
+        "vllm.v1.engine.async_llm:load_stat_logger_plugin_factories",
+        "wrapped",
+        "only with --disable-log-stats and without our flag: keeps that switch as stock has it",
+        "nothing: there is no plugin",
+    ),
+)
+
+
+def unsupported_version() -> str | None:
+    """Why the installed vLLM is outside the supported range, or None."""
+    import vllm
+
+    if SUPPORTED.contains(Version(vllm.__version__)):
+        return None
+    return (
+        f"expert slots support vLLM {SUPPORTED}, this is {vllm.__version__}: install a supported "
+        "vLLM, or serve without --moe-gpu-prefetch."
+    )
