@@ -30,6 +30,9 @@ $(READY): setup.py pyproject.toml tests/cpu_platform/pyproject.toml tests/cpu_pl
 	$(PIP) -r $(VENV)/dev.txt
 	@touch $@
 
+demo: $(READY)
+	@$(BIN)/python benchmarks/demo.py
+
 test: $(READY)
 	$(BIN)/python -m pytest
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""After loading: says what was decided, and refuses a model whose experts slipped past the slots."""
+"""After loading: says what was decided; refuses a model whose experts slipped past the slots."""
 
 import functools
 from typing import Any

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parts of which experts a checkpoint brought. Stock vLLM serves whatever memory held where an
-expert tensor is missing; a host store that is wrong for good must not be built from it."""
+"""Which parts of which experts a checkpoint brought. Where an expert tensor is missing, stock vLLM
+serves whatever the memory held; a host store must not be built from that."""
 
 from typing import Any
 
