@@ -4,76 +4,117 @@
 import gc
 
 import pytest
-import torch
+from engine import Run, answers, assert_offloaded, moe_layers, run, sampling, start
 
-PROMPTS = ["The licence grants", "You may reproduce and distribute copies of the Work " * 12, "a"]
-
-
-def run(checkpoint, **additional_config):
-    """Token ids and logprobs of a fresh engine, and what its MoE layers look like."""
-    from vllm import LLM, SamplingParams
-
-    llm = LLM(
-        str(checkpoint),
-        max_model_len=512,
-        max_num_batched_tokens=128,
-        enforce_eager=True,
-        additional_config=additional_config,
-    )
-    params = [
-        SamplingParams(temperature=0, max_tokens=8 + 8 * i, logprobs=3, ignore_eos=True)
-        for i in range(len(PROMPTS))
-    ]
-    outputs = []
-    for output in llm.generate(PROMPTS, params, use_tqdm=False):
-        completion = output.outputs[0]
-        logprobs = [{t: p.logprob for t, p in step.items()} for step in completion.logprobs]
-        outputs.append((completion.token_ids, logprobs))
-    layers = []
-    worker = llm.llm_engine.model_executor.driver_worker.worker
-    for module in worker.get_model().modules():
-        if hasattr(module, "local_num_experts") and hasattr(module, "w13_weight"):
-            layers.append(module)
-    del llm
-    gc.collect()
-    return outputs, layers
+EXPERTS, TOP_K = 32, 4
 
 
 @pytest.fixture(scope="module")
-def stock(checkpoint):
+def stock(checkpoint) -> Run:
     return run(checkpoint)
 
 
-def test_without_the_flag_layers_are_stock(stock):
-    _, layers = stock
-    assert all(layer.w13_weight.shape[0] == 32 and layer.slots is None for layer in layers)
+def test_without_the_option_layers_are_stock(stock):
+    """No slots, no store, all experts in the parameters."""
+    assert len(stock.layers) == 4
+    for layer in stock.layers:
+        assert layer.slots is None and layer.w13_weight.shape[0] == EXPERTS
+        assert layer.forward_modular.__func__ is not None
 
 
-@pytest.mark.parametrize(
-    ("slots", "policy"), [(4, "lru"), (8, "lru"), (8, "lfu"), (16, "lru"), (31, "lfu")]
-)
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("slots", [TOP_K, 5, 8, 16, EXPERTS - 1])
 def test_outputs_equal_stock(checkpoint, stock, slots, policy):
-    outputs, layers = run(
-        checkpoint, moe_gpu_prefetch=slots, moe_gpu_prefetch_config={"policy": policy}
-    )
-    assert len(layers) == 4
-    for layer in layers:
-        assert layer.w13_weight.shape[0] == layer.w2_weight.shape[0] == slots
+    """Token ids and logprobs are stock's for every N, overflow steps included."""
+    slotted = run(checkpoint, slots=slots, policy=policy)
+    assert len(slotted.layers) == 4
+    assert_offloaded(slotted.layers, slots, EXPERTS)
+    if slots <= 16:  # the long prompt needs more experts than that
+        assert slotted.total("overflow_steps") > 0
+        assert slotted.total("waves") > slotted.total("steps")
+    assert slotted.outputs == stock.outputs
+
+
+def test_the_engine_gives_out_what_its_layers_counted(checkpoint):
+    """`collective_rpc("expert_slot_counters")` answers with each layer's own totals."""
+    slotted = run(checkpoint, slots=8)
+    assert slotted.counters == {
+        layer.layer_name: layer.slots.counters.as_dict() for layer in slotted.layers
+    }
+
+
+def test_compiled_outputs_equal_stock_compiled(checkpoint):
+    """With torch.compile the outputs are those of stock with torch.compile."""
+    compiled = {"enforce_eager": False, "compilation_config": {"mode": 3}}
+    reference = run(checkpoint, **compiled)
+    slotted = run(checkpoint, slots=8, **compiled)
+    assert_offloaded(slotted.layers, 8, EXPERTS)
+    assert slotted.outputs == reference.outputs
+
+
+def test_below_top_k_is_raised(checkpoint, stock):
+    """A row must find all of its experts at once, so N is at least top-k."""
+    slotted = run(checkpoint, slots=1)
+    assert_offloaded(slotted.layers, TOP_K, EXPERTS)
+    assert slotted.outputs == stock.outputs
+
+
+@pytest.mark.parametrize("slots", [EXPERTS, EXPERTS + 1])
+def test_all_experts_resident_is_stock(checkpoint, stock, slots):
+    """N at or above E keeps stock's layers as they are."""
+    slotted = run(checkpoint, slots=slots)
+    assert slotted.counters == {}
+    for layer in slotted.layers:
+        assert layer.slots is None and layer.w13_weight.shape[0] == EXPERTS
+    assert slotted.outputs == stock.outputs
+
+
+def converse(llm):
+    """Prefix caching, chunked prefill, requests that join and leave while others decode."""
+    engine = llm.llm_engine
+    shared = "Each Contributor hereby grants to You a perpetual copyright license " * 10
+    arrivals = {
+        0: [("long", shared + "first", 12)],
+        2: [("short", "Licensor", 20), ("gone", "to be cancelled", 40)],
+        6: [("same prefix", shared + "second", 8)],
+        9: [("late", "a b c", 10)],
+    }
+    finished = {}
+    step = 0
+    while step <= max(arrivals) or engine.has_unfinished_requests():
+        for name, prompt, tokens in arrivals.get(step, []):
+            engine.add_request(name, prompt, sampling(tokens))
+        if step == 8:
+            engine.abort_request(["gone"], internal=False)
+        for output in engine.step():
+            if output.finished:
+                finished[output.request_id] = output
+        step += 1
+    names = sorted(finished)
+    return names, answers([finished[name] for name in names])
+
+
+def test_outputs_equal_stock_while_the_batch_changes(checkpoint):
+    """Requests joining, leaving and sharing a prefix get stock's outputs."""
+    results = []
+    for options in ({}, {"slots": 6}, {"slots": 12, "policy": "lfu"}):
+        llm = start(checkpoint, enable_prefix_caching=True, **options)
+        results.append(converse(llm))
+        if options:
+            assert_offloaded(moe_layers(llm), options["slots"], EXPERTS)
+        del llm
+        gc.collect()
+    assert set(results[0][0]) >= {"long", "short", "same prefix", "late"}
+    assert results[1:] == results[:1] * 2
+
+
+def test_profiling_leaves_tables_and_counters_as_they_were(checkpoint):
+    """Before the first request every slot holds the expert of its own number; nothing counted."""
+    llm = start(checkpoint, slots=8)
+    for layer in moe_layers(llm):
+        assert layer.slots.tables.slot_to_expert.tolist() == list(range(8))
         counters = layer.slots.counters
-        assert counters.hits + counters.misses == counters.needed > 0
-        if slots <= 16:  # the long prompt needs more experts than that
-            assert counters.waves > counters.steps and counters.overflow_steps > 0
-        assert counters.bytes_loaded == counters.loads * layer.slots.store.bytes_per_expert > 0
-        for name, master in layer.slots.store.tensors.items():
-            residents = layer.slots.tables.slot_to_expert
-            assert torch.equal(getattr(layer, name).data, master[residents])
-    assert outputs == stock[0]
-
-
-def test_below_top_k_is_raised_and_all_experts_is_full_residency(checkpoint, stock):
-    outputs, layers = run(checkpoint, moe_gpu_prefetch=1)
-    assert all(layer.w13_weight.shape[0] == 4 for layer in layers)
-    assert outputs == stock[0]
-    outputs, layers = run(checkpoint, moe_gpu_prefetch=32)
-    assert all(layer.w13_weight.shape[0] == 32 and layer.slots is None for layer in layers)
-    assert outputs == stock[0]
+        assert counters.steps == counters.needed == counters.loads == 0
+        assert layer.slots.history.step == 0
+    del llm
+    gc.collect()

@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.load_coverage import check_all
 from vllm.model_executor.layers.fused_moe.expert_slots.routed_experts import ExpertSlotsMixin
+from vllm.plugins.moe_gpu_prefetch.layers import install_for_transformers_backend
 
 logger = init_logger(__name__)
 
@@ -32,13 +35,23 @@ def resident_sequences(num_experts: int, top_k: int, slots: int) -> int:
 
 
 def report(model: torch.nn.Module, config: MoEPrefetchConfig, model_config: Any) -> None:
-    """Logs the one line that says what the slots cost.
+    """Checks a loaded model and logs the one line that says what its slots cost.
 
     Raises:
-        MoEPrefetchError: a MoE model of which no layer went through `RoutedExperts`.
+        MoEPrefetchError: the checkpoint did not bring every expert, or the slots did not reach
+            every layer.
     """
-    layers = [module for module in model.modules() if isinstance(module, ExpertSlotsMixin)]
-    slotted = [layer for layer in layers if layer.slots is not None]
+    layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
+    missed = [layer for layer in layers if not isinstance(layer, ExpertSlotsMixin)]
+    slotted = [layer for layer in layers if getattr(layer, "slots", None) is not None]
+    if missed:
+        raise MoEPrefetchError(
+            f"--moe-gpu-prefetch {config.slots}: {len(missed)} of {len(layers)} MoE layers of "
+            f"{type(model).__name__} ({model_config.model}) cannot be put into slots: "
+            f"{missed[0].layer_name} is run by a class of the model's own around "
+            f"{type(missed[0]).__name__}. Serve it without --moe-gpu-prefetch."
+        )
+    check_all([layer.load_coverage for layer in slotted])
     if slotted:
         first = slotted[0]
         logger.info(
@@ -78,10 +91,13 @@ def install() -> None:
     def load_model_and_report(
         self: BaseModelLoader, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any
     ) -> torch.nn.Module:
-        model = load_model(self, vllm_config, model_config, *args, **kwargs)
         config = MoEPrefetchConfig.from_additional_config(vllm_config.additional_config)
-        if config is not None:
-            report(model, config, model_config)
+        if config is None:
+            return load_model(self, vllm_config, model_config, *args, **kwargs)
+        if model_config.using_transformers_backend():
+            install_for_transformers_backend()
+        model = load_model(self, vllm_config, model_config, *args, **kwargs)
+        report(model, config, model_config)
         return model
 
     BaseModelLoader.load_model = load_model_and_report

@@ -68,6 +68,17 @@ SEAMS = (
         ("layer_name", "routed_experts"),
     ),
     Seam(
+        "vllm.model_executor.models.transformers.moe:TransformersMoERunner",
+        "replaced",
+        "out-of-tree registry: the transformers backend's own runner",
+        "nothing: the factory applies the mixin to routed_experts_cls",
+    ),
+    Seam(
+        "vllm.config.model:ModelConfig.using_transformers_backend",
+        "relied on",
+        "tells when that runner has to be imported and replaced",
+    ),
+    Seam(
         f"{_MOE}.routed_experts:RoutedExperts.forward_modular",
         "relied on",
         "the one call between router and kernel",

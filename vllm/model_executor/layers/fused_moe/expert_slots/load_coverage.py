@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which parts of which experts a checkpoint brought. Where an expert tensor is missing, stock vLLM
-serves whatever the memory held; a host store must not be built from that."""
+serves whatever the memory held; a model must not be served from such a host store."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ _TENSOR_BY_TENSOR = {"auto", "hf", "safetensors", "pt", "npcache", "fastsafetens
 
 
 class LoadCoverage:
-    """Records the loads of one layer, and checks them once loading has ended."""
+    """Records what one layer's weight loader was given."""
 
     def __init__(self, layer: Any, load_format: str):
         self._layer = layer
@@ -38,6 +39,12 @@ class LoadCoverage:
             return
         local = self._layer._map_global_expert_id_to_local_expert_id(expert_id)
         self._shards.setdefault(name, {}).setdefault(local, set()).add(shard_id)
+
+    @property
+    def used(self) -> bool:
+        """Whether the layer's weight loader was called at all. Some models (gpt-oss) copy whole
+        tensors into the parameters themselves."""
+        return bool(self._shards or self._whole)
 
     def check(self) -> None:
         """Raises:
@@ -64,3 +71,15 @@ class LoadCoverage:
                     f"the checkpoint is incomplete: {self._layer.layer_name}.{name} got no "
                     f"{', '.join(missing[:4])}{more}. Fetch the checkpoint again."
                 )
+
+
+def check_all(coverages: Sequence[LoadCoverage]) -> None:
+    """Checks a model's layers once loading has ended. A model none of whose layers saw a load
+    brings its own loader, which is trusted.
+
+    Raises:
+        MoEPrefetchError: names the layer, the parameter and the experts that were not loaded.
+    """
+    if any(coverage.used for coverage in coverages):
+        for coverage in coverages:
+            coverage.check()

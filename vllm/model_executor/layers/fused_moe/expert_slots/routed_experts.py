@@ -48,7 +48,7 @@ class ExpertSlotsMixin:
     """
 
     slots: ExpertSlotManager | None = None
-    _coverage: LoadCoverage | None = None
+    load_coverage: LoadCoverage | None = None
 
     def adopt_expert_slots(self) -> None:
         """Arms a layer that stock code has just constructed; its weights are still empty.
@@ -77,7 +77,7 @@ class ExpertSlotsMixin:
             )
             return
         self._refuse_unless_slottable()
-        self._coverage = LoadCoverage(self, get_current_vllm_config().load_config.load_format)
+        self.load_coverage = LoadCoverage(self, get_current_vllm_config().load_config.load_format)
         self._process_weights = self.quant_method.process_weights_after_loading
         self.quant_method.process_weights_after_loading = self._process_then_make_slots
         self.quant_method.requires_device_loading = False
@@ -116,14 +116,11 @@ class ExpertSlotsMixin:
                 "engine to serve other weights."
             )
         loaded = super().weight_loader(param, *args, **kwargs)
-        if self._coverage is not None:
-            self._coverage.record(param, *args, **kwargs)
+        if self.load_coverage is not None:
+            self.load_coverage.record(param, *args, **kwargs)
         return loaded
 
     def _process_then_make_slots(self, layer: torch.nn.Module) -> None:
-        assert self._coverage is not None
-        self._coverage.check()
-        self._coverage = None
         self._process_weights(layer)
         parameters = per_expert_parameters(layer, self.local_num_experts)
         store = ExpertStore({name: p.data for name, p in parameters.items()})

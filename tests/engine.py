@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the real engine in this process and looks at its layers afterwards."""
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+PROMPTS = ["The licence grants", "You may reproduce and distribute copies of the Work " * 12, "a"]
+"""The long one needs every expert of the sample, in several chunks of the prefill."""
+
+Outputs = list[tuple[list[int], list[dict[int, float]]]]
+
+
+@dataclass
+class Run:
+    """Token ids and logprobs of every prompt, the MoE layers that computed them, and what the
+    engine answered about its slots."""
+
+    outputs: Outputs
+    layers: list[Any]
+    counters: dict[str, dict[str, int]]
+
+    def total(self, name: str) -> int:
+        return sum(layer[name] for layer in self.counters.values())
+
+
+def start(checkpoint: Path, **arguments: Any) -> Any:
+    """A small engine; slots=N and policy=P stand for our keys of additional_config."""
+    from vllm import LLM
+
+    slots, policy = arguments.pop("slots", None), arguments.pop("policy", "lru")
+    if slots is not None:
+        arguments["additional_config"] = {
+            "moe_gpu_prefetch": slots,
+            "moe_gpu_prefetch_config": {"policy": policy},
+        }
+    defaults = {"max_model_len": 512, "max_num_batched_tokens": 128, "enforce_eager": True}
+    return LLM(str(checkpoint), **(defaults | arguments))
+
+
+def moe_layers(llm: Any) -> list[Any]:
+    model = llm.llm_engine.model_executor.driver_worker.worker.get_model()
+    return [module for module in model.modules() if isinstance(module, RoutedExperts)]
+
+
+def answers(outputs: Any) -> Outputs:
+    return [
+        (
+            list(output.outputs[0].token_ids),
+            [{t: p.logprob for t, p in step.items()} for step in output.outputs[0].logprobs],
+        )
+        for output in outputs
+    ]
+
+
+def sampling(tokens: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=tokens, logprobs=3, ignore_eos=True)
+
+
+def run(checkpoint: Path, **arguments: Any) -> Run:
+    """Answers `PROMPTS`, of different lengths, on an engine of its own."""
+    llm = start(checkpoint, **arguments)
+    params = [sampling(8 + 8 * i) for i in range(len(PROMPTS))]
+    outputs = answers(llm.generate(PROMPTS, params, use_tqdm=False))
+    layers = moe_layers(llm)
+    slotted = "slots" in arguments
+    counters = llm.collective_rpc("expert_slot_counters")[0] if slotted else {}
+    del llm
+    gc.collect()
+    return Run(outputs, layers, counters)
+
+
+def assert_offloaded(layers: list[Any], slots: int, experts: int) -> None:
+    """Every layer holds `slots` experts and no more, the rest lives in the store, loads happened,
+    and every slot holds the rows of the expert that the tables name."""
+    import torch
+
+    assert layers
+    for layer in layers:
+        manager = layer.slots
+        counters = manager.counters.as_dict()
+        assert counters["hits"] + counters["misses"] == counters["needed"] > 0
+        assert counters["misses"] == counters["loads"] > 0
+        per_expert = manager.store.bytes_per_expert
+        assert counters["bytes_loaded"] == counters["loads"] * per_expert > 0
+        assert counters["slot_bytes"] == slots * per_expert
+        assert counters["store_bytes"] == experts * per_expert
+        assert set(manager.store.tensors) >= {"w13_weight", "w2_weight"}
+        residents = manager.tables.slot_to_expert
+        for name, master in manager.store.tensors.items():
+            parameter = getattr(layer, name)
+            assert parameter.shape[0] == slots and master.shape[0] == experts
+            assert parameter.untyped_storage().nbytes() == slots * master[0].nbytes
+            assert torch.equal(parameter.data, master[residents])
