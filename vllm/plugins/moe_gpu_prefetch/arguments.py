@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from vllm.config.utils import get_attr_docs
-from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.engine.arg_utils import EngineArgs
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     OPTIONS_KEY,
@@ -17,6 +17,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchError,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import open_counters_directory
+from vllm.plugins.moe_gpu_prefetch.metrics import expose
 from vllm.plugins.moe_gpu_prefetch.seams import unsupported_version
 
 WORKER_EXTENSION = "vllm.plugins.moe_gpu_prefetch.worker.ExpertSlotsWorkerExtension"
@@ -119,18 +120,6 @@ def refuse(engine_args: EngineArgs) -> None:
             )
 
 
-def _leave_log_stats_disabled() -> None:
-    """Any stat-logger plugin switches statistics back on; without the flag ours must not."""
-    from vllm.v1.engine import async_llm
-
-    from vllm.plugins.moe_gpu_prefetch.metrics import ExpertSlotsStatLogger
-
-    load = async_llm.load_stat_logger_plugin_factories
-    async_llm.load_stat_logger_plugin_factories = lambda: [
-        factory for factory in load() if factory is not ExpertSlotsStatLogger
-    ]
-
-
 def install() -> None:
     """Wraps the three methods of `EngineArgs` that see every engine's arguments."""
     add_cli_args = EngineArgs.add_cli_args
@@ -157,12 +146,13 @@ def install() -> None:
     @functools.wraps(create_engine_config)
     def create_engine_config_with_slots(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
         refuse(self)
-        if slots_wanted(self):
-            open_counters_directory()
-            self.worker_extension_cls = self.worker_extension_cls or WORKER_EXTENSION
-        elif isinstance(self, AsyncEngineArgs) and self.disable_log_stats:
-            _leave_log_stats_disabled()
-        return create_engine_config(self, *args, **kwargs)
+        if not slots_wanted(self):
+            return create_engine_config(self, *args, **kwargs)
+        open_counters_directory()
+        self.worker_extension_cls = self.worker_extension_cls or WORKER_EXTENSION
+        vllm_config = create_engine_config(self, *args, **kwargs)
+        expose(vllm_config)
+        return vllm_config
 
     EngineArgs.add_cli_args = staticmethod(add_cli_args_with_slots)
     EngineArgs.from_cli_args = classmethod(from_cli_args_with_slots)

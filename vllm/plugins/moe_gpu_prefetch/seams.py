@@ -43,7 +43,7 @@ SEAMS = (
     Seam(
         "vllm.engine.arg_utils:EngineArgs.create_engine_config",
         "wrapped",
-        "refuses conflicts for LLM(...) too; opens the counters' directory",
+        "refuses conflicts for LLM(...) too; opens the counters' directory; exposes them",
         "builds MoEPrefetchConfig, a field of OffloadConfig with the checks as its validator",
     ),
     Seam(
@@ -149,16 +149,15 @@ SEAMS = (
     Seam("vllm.utils.torch_utils:_resolve_layer_name", "relied on", "and back"),
     Seam("vllm.config.utils:get_attr_docs", "relied on", "field docstrings as --help text"),
     Seam(
-        "vllm.v1.metrics.loggers:StatLoggerBase",
+        "vllm.v1.metrics.prometheus:get_prometheus_registry",
         "relied on",
-        "vllm.stat_logger_plugins: a hook after vLLM's own metrics exist",
+        "/metrics is prometheus_client's global registry, unless there are several API servers",
         "the samples are made in PrometheusStatLogger",
     ),
     Seam(
-        "vllm.v1.engine.async_llm:load_stat_logger_plugin_factories",
-        "wrapped",
-        "only with --disable-log-stats and without our flag: keeps that switch as stock has it",
-        "nothing: there is no plugin",
+        "vllm.v1.metrics.prometheus:unregister_vllm_metrics",
+        "relied on",
+        "clears vLLM's own metrics by `_name`, which a collector does not have",
     ),
 )
 
