@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,11 +58,13 @@ def _healthy(url: str) -> bool:
         return False
 
 
-def start(model: Path, log: Path, *arguments: str) -> Server:
-    """Starts `vllm serve MODEL ARGUMENTS` on a free port of the loopback interface."""
+def start(model: Path, log: Path, *arguments: str, command: Sequence[str] = ()) -> Server:
+    """Starts `vllm serve MODEL ARGUMENTS`, or `command` ARGUMENTS, on a free port of the loopback
+    interface."""
     port = _free_port()
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), *arguments]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "sample"]
+    command = command or (str(Path(sys.executable).with_name("vllm")), "serve", str(model))
+    command = [*command, *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--served-model-name", "sample"]
     environment = {**os.environ, **ENVIRONMENT}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     with log.open("wb") as output:
@@ -102,9 +104,11 @@ def stop(server: Server) -> None:
 
 
 @contextmanager
-def serving(model: Path, log: Path, *arguments: str) -> Iterator[Server]:
+def serving(
+    model: Path, log: Path, *arguments: str, command: Sequence[str] = ()
+) -> Iterator[Server]:
     """`start` and `wait`; the server is stopped at the end."""
-    server = start(model, log, *arguments)
+    server = start(model, log, *arguments, command=command)
     try:
         wait(server)
         yield server

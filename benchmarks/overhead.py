@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make bench`: what slots cost. Stock and N = E-1, E/2, E/4 of one checkpoint, alternated in one
+run and shown as ratios to stock; then the cost of one decision.
+
+Random weights route almost uniformly, so hit rates are the low end of what real models reach.
+"""
+
+import argparse
+import gc
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+for name, value in (
+    ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
+    ("VLLM_LOGGING_LEVEL", "ERROR"),
+    ("VLLM_CPU_KVCACHE_SPACE", "1"),
+    ("HF_HUB_OFFLINE", "1"),
+):
+    os.environ.setdefault(name, value)
+
+import torch  # noqa: E402
+from engine import moe_layers, start  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from sample import make_checkpoint  # noqa: E402
+
+from vllm import SamplingParams  # noqa: E402
+from vllm.model_executor.layers.fused_moe.expert_slots.config import (  # noqa: E402
+    MoEPrefetchConfig,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.host_store import ExpertStore  # noqa: E402
+from vllm.model_executor.layers.fused_moe.expert_slots.manager import (  # noqa: E402
+    ExpertSlotManager,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers  # noqa: E402
+
+EXPERTS, TOP_K = 32, 4
+console = Console()
+
+
+def tokens_per_second(llm, requests: int, tokens: int, seed: int) -> float:
+    """Output tokens a second of `requests` prompts of 16 random tokens, decoded together."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [
+        {"prompt_token_ids": torch.randint(3, 1024, (16,), generator=generator).tolist()}
+        for _ in range(requests)
+    ]
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    begin = time.perf_counter()
+    llm.generate(prompts, sampling, use_tqdm=False)
+    return requests * tokens / (time.perf_counter() - begin)
+
+
+def totals(llm) -> dict[str, int]:
+    layers = [layer.slots.counters.as_dict() for layer in moe_layers(llm) if layer.slots]
+    return {name: sum(layer[name] for layer in layers) for name in (layers or [{}])[0]}
+
+
+def throughput(requests: int, tokens: int, rounds: int) -> Table:
+    """All engines stand side by side; each round asks every one of them the same."""
+    checkpoint = make_checkpoint(
+        ROOT / ".demo" / "qwen3-moe-bench", EXPERTS, TOP_K, layers=4, expert_width=256
+    )
+    arms = {
+        "stock": None,
+        **{f"N = {n}": n for n in (EXPERTS - 1, EXPERTS // 2, EXPERTS // 4)},
+    }
+    engines = {arm: start(checkpoint, slots=slots) for arm, slots in arms.items()}
+    speeds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for llm in engines.values():
+        tokens_per_second(llm, requests, tokens, seed=0)
+    warm = {arm: totals(llm) for arm, llm in engines.items()}
+    for number in range(rounds):
+        order = list(engines.items())
+        for arm, llm in order[number % len(order) :] + order[: number % len(order)]:
+            speeds[arm].append(tokens_per_second(llm, requests, tokens, seed=number + 1))
+    table = Table(
+        *("", "tokens/s", "of stock", "hit rate", "loads/token", "overflow steps"),
+        title=f"{requests} sequences, {EXPERTS} experts top-{TOP_K}, {rounds} rounds of {tokens}",
+    )
+    stock = speeds["stock"]
+    for arm, llm in engines.items():
+        ratio = statistics.median(a / b for a, b in zip(speeds[arm], stock, strict=True))
+        row = [arm, f"{statistics.median(speeds[arm]):.0f}", f"{ratio:.2f}"]
+        if now := totals(llm):
+            moved = {name: now[name] - warm[arm][name] for name in now}
+            row += [
+                f"{moved['hits'] / moved['needed']:.1%}",
+                f"{moved['loads'] / (rounds * requests * tokens):.2f}",
+                f"{moved['overflow_steps'] / moved['steps']:.0%}",
+            ]
+        table.add_row(*row)
+    engines.clear()
+    gc.collect()
+    return table
+
+
+def decision_microseconds(tokens: int, policy: str, steps: int) -> float:
+    """Median cost of one layer's decision and remap, without the loads; E=128, top-8, N=64.
+
+    The routing of a step repeats three quarters of the last one's, as real routing does."""
+    experts, slots, top_k = 128, 64, 8
+    store = ExpertStore({"w13_weight": torch.zeros(experts, 1)})
+    parameters = {"w13_weight": torch.nn.Parameter(store.tensors["w13_weight"])}
+    parameters["w13_weight"].requires_grad_(False)
+    buffers = SlotBuffers(parameters, store, slots, torch.device("cpu"))
+    manager = ExpertSlotManager(MoEPrefetchConfig(slots=slots, policy=policy), buffers)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.rand(tokens, experts, generator=generator).topk(top_k).indices.to(torch.int32)
+    spent = []
+    for _ in range(steps):
+        fresh = torch.rand(tokens, experts, generator=generator).topk(top_k).indices
+        changed = torch.rand(tokens, 1, generator=generator) < 0.25
+        ids = torch.where(changed, fresh.to(torch.int32), ids)
+        begin = time.perf_counter()
+        manager.plan(ids)
+        manager.remap(ids)
+        spent.append(time.perf_counter() - begin)
+    return statistics.median(spent) * 1e6
+
+
+def decisions(steps: int) -> Table:
+    sizes = (1, 16, 64)
+    title = "One decision, µs per layer and step (E=128, top-8, N=64; median)"
+    table = Table("policy", *(f"{n} tokens" for n in sizes), title=title)
+    for policy in ("lru", "lfu"):
+        costs = [decision_microseconds(tokens, policy, steps) for tokens in sizes]
+        table.add_row(policy, *(f"{cost:.0f}" for cost in costs))
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=8, help="rounds through all engines")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens per sequence and round")
+    parser.add_argument("--steps", type=int, default=2000, help="decisions to time")
+    arguments = parser.parse_args()
+    # Decisions first: the engines start threads that would disturb so short a measurement.
+    console.print(decisions(arguments.steps))
+    for requests in (1, 8):
+        console.print(throughput(requests, arguments.tokens, arguments.rounds))
+
+
+if __name__ == "__main__":
+    main()
