@@ -127,7 +127,7 @@ def decision_microseconds(tokens: int, policy: str, steps: int) -> float:
 def decisions(steps: int) -> Table:
     sizes = (1, 16, 64)
     title = "One decision, µs per layer and step (E=128, top-8, N=64; median)"
-    table = Table("policy", *(f"{n} tokens" for n in sizes), title=title)
+    table = Table("policy", *(f"{n} tokens" for n in sizes), title=title, min_width=60)
     for policy in ("lru", "lfu"):
         costs = [decision_microseconds(tokens, policy, steps) for tokens in sizes]
         table.add_row(policy, *(f"{cost:.0f}" for cost in costs))

@@ -79,11 +79,16 @@ def _write(directory: Path, model_class: type[PreTrainedModel], config: PreTrain
 
 
 def make_checkpoint(
-    directory: Path, experts: int = 32, top_k: int = 4, layers: int = 4, expert_width: int = 64
+    directory: Path,
+    experts: int = 32,
+    top_k: int = 4,
+    layers: int = 4,
+    expert_width: int = 64,
+    vocabulary: int = 1024,
 ) -> Path:
     """A Qwen3-MoE."""
     config = Qwen3MoeConfig(
-        **COMMON,
+        **(COMMON | {"vocab_size": vocabulary}),
         intermediate_size=256,
         moe_intermediate_size=expert_width,
         num_hidden_layers=layers,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from sample import make_checkpoint
 from server import ENVIRONMENT, Server, serving, start, stop, wait
 
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import TOTALS
@@ -160,21 +161,21 @@ def test_bench_serve(servers, checkpoint):
     assert moe(slots)["loads_total"] > before
 
 
-RANDOM = ("--dataset-name", "random", "--input-len", 32, "--output-len", 8, "--num-prompts", 8)
-
-
 def test_bench_throughput(checkpoint):
     """`vllm bench throughput` takes the flags and prints its figures."""
     output = vllm(
-        *("bench", "throughput", "--model", checkpoint, *COMMON, *RANDOM),
+        *("bench", "throughput", "--model", checkpoint, *COMMON, "--dataset-name", "random"),
+        *("--random-input-len", 32, "--random-output-len", 8, "--num-prompts", 8),
         *("--moe-gpu-prefetch", 8, "--moe-gpu-prefetch-config.policy", "lfu"),
     )
     assert re.search(r"Throughput: [\d.]+ requests/s, [\d.]+ total tokens/s", output)
     assert_slots_in_log(output, 8, "lfu")
 
 
-def test_bench_latency(checkpoint):
-    """`vllm bench latency` takes the flags and prints its figures."""
+def test_bench_latency(tmp_path):
+    """`vllm bench latency` takes the flags and prints its figures. It draws token ids up to 10,000
+    whatever the vocabulary."""
+    checkpoint = make_checkpoint(tmp_path / "wide", vocabulary=10_000)
     output = vllm(
         *("bench", "latency", "--model", checkpoint, *COMMON, "--moe-gpu-prefetch", 8),
         *("--input-len", 16, "--output-len", 4, "--batch-size", 2),

@@ -129,10 +129,13 @@ def plan_step(tables: ResidencyTables, history: ExpertHistory, topk_ids: torch.T
             torch.cat((hits, misses[:first])), torch.cat((hit_slots, order[:first])), first, evicted
         )
     ]
-    width = stream_width(tables.num_slots)
-    halves = (order[:width], order[width : 2 * width] if tables.num_slots > 1 else order[:width])
-    for number, experts in enumerate(misses[first:].split(width) if first < len(misses) else ()):
-        slots = halves[number % 2][: len(experts)]
-        evicted = tables.assign(experts, slots)
-        waves.append(Wave(experts, slots, len(experts), evicted))
+    streamed = misses[first:]
+    if len(streamed):
+        # By now every slot is full, so each streamed expert evicts one; the last to come stay.
+        width = stream_width(tables.num_slots)
+        ring = order[: 2 * width]
+        slots = ring.repeat(-(-len(streamed) // len(ring)))[: len(streamed)]
+        tables.assign(streamed[-len(ring) :], slots[-len(ring) :])
+        for experts, halves in zip(streamed.split(width), slots.split(width), strict=True):
+            waves.append(Wave(experts, halves, len(experts), len(experts)))
     return StepPlan(len(needed), len(hits), waves)
