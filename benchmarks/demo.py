@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make demo`: one small MoE checkpoint, served from 8 expert slots and by stock vLLM, asked the
-same; prints both answers' equality and what the slots did. Exit status 1 if anything differs."""
+same; prints both answers' equality and what the slots did. Exit status 1 if anything differs.
+Stock's answers are kept, so that a second run starts one server only."""
 
+import hashlib
+import json
+import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,26 +51,44 @@ def ask(client: OpenAI) -> dict[str, Any]:
     }
 
 
+def stock_answers_file(model: Path) -> Path:
+    """Where stock's answers are kept, by what they depend on: the versions, the checkpoint, this
+    file and the machine's processor."""
+    key = hashlib.sha256(Path(__file__).read_bytes())
+    for part in (version("vllm"), version("torch"), version("transformers"), platform.processor()):
+        key.update(part.encode())
+    for weights in sorted(model.glob("*.safetensors")):
+        key.update(weights.read_bytes())
+    return model.parent / f"stock-{key.hexdigest()[:16]}.json"
+
+
 def main() -> int:
     work = ROOT / ".demo"
     work.mkdir(exist_ok=True)
     model = make_checkpoint(work / "qwen3-moe")
+    kept = stock_answers_file(model)
     common = ("--max-model-len", "512", "--enforce-eager")
     console.print(f"vllm serve {model.relative_to(ROOT)} --moe-gpu-prefetch {SLOTS}")
     servers: list[Server] = []
     try:
-        servers = [
-            start(model, work / "slots.log", *common, "--moe-gpu-prefetch", str(SLOTS)),
-            start(model, work / "stock.log", *common),
-        ]
+        servers.append(start(model, work / "slots.log", *common, "--moe-gpu-prefetch", str(SLOTS)))
+        if kept.exists():
+            console.print(f"(stock vLLM was asked before: its answers are in {kept.name})")
+        else:
+            console.print("... and stock vLLM beside it")
+            servers.append(start(model, work / "stock.log", *common))
         with console.status("starting vLLM ...") as status:
             for server in servers:
                 wait(server, tick=lambda s: status.update(f"starting vLLM ... {s:.0f} s"))
-        slotted, stock = (ask(server.client()) for server in servers)
+        # Through JSON, both of them, so that what is compared has one form.
+        slotted, *asked = (json.loads(json.dumps(ask(s.client()))) for s in servers)
         metrics = servers[0].metrics()
     finally:
         for server in servers:
             stop(server)
+    if asked:
+        kept.write_text(json.dumps(asked[0]))
+    stock = json.loads(kept.read_text())
 
     different = [name for name in slotted if slotted[name] != stock[name]]
     answers = Table("request", "answer from slots", "equal to stock", title="Answers")

@@ -72,7 +72,7 @@ class MoEPrefetchConfig:
                 "policy and lfu_half_life; the slot count goes to --moe-gpu-prefetch."
             )
         try:
-            return cls(slots=slots, **options)
+            return cls(slots=slots, **options)  # type: ignore[call-arg]
         except (ValidationError, TypeError) as error:
             if not isinstance(error, ValidationError):
                 raise MoEPrefetchError(f"--moe-gpu-prefetch-config: {error}") from None

@@ -60,7 +60,9 @@ class SlotCounters:
         directory = os.environ.get(DIRECTORY_VARIABLE)
         if directory and Path(directory).is_dir():
             path = Path(directory) / f"{rank}@{layer_name}"
-            self._values = np.memmap(path, dtype=np.int64, mode="w+", shape=(len(_FIELDS),))
+            self._values: np.ndarray = np.memmap(
+                path, dtype=np.int64, mode="w+", shape=(len(_FIELDS),)
+            )
         else:
             self._values = np.zeros(len(_FIELDS), dtype=np.int64)
         self._values[len(TOTALS) :] = (slots, slots * bytes_per_expert, experts * bytes_per_expert)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layer seam: a `RoutedExperts` whose parameters are slots over experts in host memory."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -40,8 +40,14 @@ SLOTTED_EXPERTS_CLASSES = {
 """Kernels that are known to run on remapped expert ids over N slots and to give the same bits."""
 
 
-class ExpertSlotsMixin:
-    """Turns a `RoutedExperts` into slots over a host store.
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts as _Layer
+else:
+    _Layer = object
+
+
+class ExpertSlotsMixin(_Layer):
+    """Turns a `RoutedExperts`, stock's or a model's own, into slots over a host store.
 
     The stock class creates, loads and processes all experts in host memory; the step that follows
     (`_make_slots`) keeps them as the store and shrinks the parameters to the slots.
@@ -121,6 +127,7 @@ class ExpertSlotsMixin:
         return loaded
 
     def _process_then_make_slots(self, layer: torch.nn.Module) -> None:
+        assert self.slots_config is not None
         self._process_weights(layer)
         parameters = per_expert_parameters(layer, self.local_num_experts)
         store = ExpertStore({name: p.data for name, p in parameters.items()})
