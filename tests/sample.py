@@ -144,4 +144,6 @@ def make_dbrx(directory: Path) -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
-    print(make_checkpoint(parser.parse_args().directory))
+    parser.add_argument("--vocabulary", type=int, default=1024)
+    arguments = parser.parse_args()
+    print(make_checkpoint(arguments.directory, vocabulary=arguments.vocabulary))

@@ -148,10 +148,10 @@ def install() -> None:
         refuse(self)
         if not slots_wanted(self):
             return create_engine_config(self, *args, **kwargs)
-        open_counters_directory()
+        directory = open_counters_directory()
         self.worker_extension_cls = self.worker_extension_cls or WORKER_EXTENSION
         vllm_config = create_engine_config(self, *args, **kwargs)
-        expose(vllm_config)
+        expose(directory, vllm_config)
         return vllm_config
 
     EngineArgs.add_cli_args = staticmethod(add_cli_args_with_slots)

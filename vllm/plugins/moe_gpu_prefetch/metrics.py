@@ -17,7 +17,6 @@ from prometheus_client.registry import Collector
 from vllm.logger import init_logger
 
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import (
-    DIRECTORY_VARIABLE,
     SIZES,
     TOTALS,
     read_counters,
@@ -47,9 +46,9 @@ class SlotCollector(Collector):
                 yield metric
 
 
-def expose(vllm_config: Any) -> None:
-    """Puts the counters of the engine that is about to start into the registry of this process, in
-    the place of an earlier engine's."""
+def expose(directory: Path, vllm_config: Any) -> None:
+    """Puts the counters of the engine that is about to start, whose files are in `directory`, into
+    the registry of this process, in the place of an earlier engine's."""
     global _exposed
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         logger.warning_once(
@@ -60,5 +59,5 @@ def expose(vllm_config: Any) -> None:
     if _exposed is not None:
         REGISTRY.unregister(_exposed)
     model_name = vllm_config.model_config.served_model_name
-    _exposed = SlotCollector(Path(os.environ[DIRECTORY_VARIABLE]), model_name)
+    _exposed = SlotCollector(directory, model_name)
     REGISTRY.register(_exposed)

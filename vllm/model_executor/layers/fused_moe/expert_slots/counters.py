@@ -36,19 +36,15 @@ SIZES = {
     "store_bytes": "Bytes of the layer's host store",
 }
 _FIELDS = [*TOTALS, *SIZES]
-_OWN_DIRECTORIES: set[str] = set()
 
 
-def open_counters_directory() -> None:
-    """Makes the directory of this engine's counter files and names it in the environment, which
-    every process started from here inherits. It is removed when this process ends."""
-    inherited = os.environ.get(DIRECTORY_VARIABLE)
-    if inherited and Path(inherited).is_dir() and inherited not in _OWN_DIRECTORIES:
-        return
+def open_counters_directory() -> Path:
+    """Makes the directory of one engine's counter files and names it in the environment, which
+    the engine's processes inherit. It is removed when this process ends."""
     directory = tempfile.mkdtemp(prefix="vllm-expert-slots-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    _OWN_DIRECTORIES.add(directory)
     os.environ[DIRECTORY_VARIABLE] = directory
+    return Path(directory)
 
 
 class SlotCounters:
