@@ -11,6 +11,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,8 +21,10 @@ for name, value in (
     ("VLLM_LOGGING_LEVEL", "ERROR"),
     ("VLLM_CPU_KVCACHE_SPACE", "1"),
     ("HF_HUB_OFFLINE", "1"),
+    ("TORCH_CPP_LOG_LEVEL", "ERROR"),
 ):
     os.environ.setdefault(name, value)
+warnings.simplefilter("ignore")
 
 import torch  # noqa: E402
 from engine import moe_layers, start  # noqa: E402
@@ -70,7 +73,9 @@ def throughput(requests: int, tokens: int, rounds: int) -> Table:
         "stock": None,
         **{f"N = {n}": n for n in (EXPERTS - 1, EXPERTS // 2, EXPERTS // 4)},
     }
-    engines = {arm: start(checkpoint, slots=slots) for arm, slots in arms.items()}
+    engines = {
+        arm: start(checkpoint, slots=slots, use_tqdm_on_load=False) for arm, slots in arms.items()
+    }
     speeds: dict[str, list[float]] = {arm: [] for arm in arms}
     for llm in engines.values():
         tokens_per_second(llm, requests, tokens, seed=0)
@@ -81,7 +86,8 @@ def throughput(requests: int, tokens: int, rounds: int) -> Table:
             speeds[arm].append(tokens_per_second(llm, requests, tokens, seed=number + 1))
     table = Table(
         *("", "tokens/s", "of stock", "hit rate", "loads/token", "overflow steps"),
-        title=f"{requests} sequences, {EXPERTS} experts top-{TOP_K}, {rounds} rounds of {tokens}",
+        title=f"Decode, batch of {requests} ({EXPERTS} experts top-{TOP_K}, {rounds} rounds of "
+        f"{tokens} tokens each)",
     )
     stock = speeds["stock"]
     for arm, llm in engines.items():
@@ -118,8 +124,8 @@ def decision_microseconds(tokens: int, policy: str, steps: int) -> float:
         changed = torch.rand(tokens, 1, generator=generator) < 0.25
         ids = torch.where(changed, fresh.to(torch.int32), ids)
         begin = time.perf_counter()
-        manager.plan(ids)
-        manager.remap(ids)
+        if not manager.plan(ids).overflow:
+            manager.remap(ids)
         spent.append(time.perf_counter() - begin)
     return statistics.median(spent) * 1e6
 
@@ -127,7 +133,7 @@ def decision_microseconds(tokens: int, policy: str, steps: int) -> float:
 def decisions(steps: int) -> Table:
     sizes = (1, 16, 64)
     title = "One decision, µs per layer and step (E=128, top-8, N=64; median)"
-    table = Table("policy", *(f"{n} tokens" for n in sizes), title=title, min_width=60)
+    table = Table("policy", *(f"batch of {n}" for n in sizes), title=title, min_width=60)
     for policy in ("lru", "lfu"):
         costs = [decision_microseconds(tokens, policy, steps) for tokens in sizes]
         table.add_row(policy, *(f"{cost:.0f}" for cost in costs))

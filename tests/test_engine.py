@@ -5,6 +5,7 @@ import gc
 
 import pytest
 from engine import Run, answers, assert_offloaded, moe_layers, run, sampling, start
+from vllm.compilation.counter import compilation_counter
 
 EXPERTS, TOP_K = 32, 4
 
@@ -19,7 +20,6 @@ def test_without_the_option_layers_are_stock(stock):
     assert len(stock.layers) == 4
     for layer in stock.layers:
         assert layer.slots is None and layer.w13_weight.shape[0] == EXPERTS
-        assert layer.forward_modular.__func__ is not None
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
@@ -43,11 +43,33 @@ def test_the_engine_gives_out_what_its_layers_counted(checkpoint):
     }
 
 
+def compiled_models() -> int:
+    """Models that ran compiled in this process, freshly or out of vLLM's compile cache."""
+    return compilation_counter.num_aot_compiles + compilation_counter.num_aot_artifacts_loaded
+
+
+def test_the_counters_are_among_the_metrics_of_llm(checkpoint):
+    """`LLM.get_metrics()` has them, of this engine alone, though others ran in this process."""
+    llm = start(checkpoint, slots=8, disable_log_stats=False)
+    llm.generate(["a"], sampling(4), use_tqdm=False)
+    metrics = {}
+    for metric in llm.get_metrics():
+        metrics[metric.name] = metrics.get(metric.name, 0) + getattr(metric, "value", 0)
+    layers = moe_layers(llm)
+    assert metrics["vllm:moe_prefetch_slots"] == 8 * len(layers)
+    loads = sum(layer.slots.counters.loads for layer in layers)
+    assert metrics["vllm:moe_prefetch_loads"] == loads > 0
+    del llm
+    gc.collect()
+
+
 def test_compiled_outputs_equal_stock_compiled(checkpoint):
     """With torch.compile the outputs are those of stock with torch.compile."""
     compiled = {"enforce_eager": False, "compilation_config": {"mode": 3}}
     reference = run(checkpoint, **compiled)
+    before = compiled_models()
     slotted = run(checkpoint, slots=8, **compiled)
+    assert compiled_models() == before + 1
     assert_offloaded(slotted.layers, 8, EXPERTS)
     assert slotted.outputs == reference.outputs
 

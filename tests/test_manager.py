@@ -57,21 +57,26 @@ def test_every_step_keeps_the_invariants(case):
     for rows in steps:
         topk_ids = torch.tensor(rows, dtype=torch.int32)
         needed = set(topk_ids.flatten().tolist()) - {-1}
-        resident = set(manager.tables.slot_to_expert.tolist())
+        slot_before = {e: s for s, e in enumerate(manager.tables.slot_to_expert.tolist())}
+        resident = set(slot_before)
         before = manager.counters.loads
         plan = manager.plan(topk_ids)
-        served: list[int] = []
-        loaded: list[int] = []
-        for wave in plan.waves:
-            manager.load(wave)
-            # Every expert of the wave is in its slot, in a slot of its own, with its own rows.
-            assert len(set(wave.slots.tolist())) == len(wave.slots)
-            for expert, slot in zip(wave.experts.tolist(), wave.slots.tolist(), strict=True):
+        hits = needed & resident
+        served, loaded = set(hits), []
+        for wave, (experts, slots) in enumerate(plan.waves()):
+            manager.buffers.load(experts, slots)
+            # A slot takes one expert of a wave; what the wave computes holds its own rows.
+            assert len(set(slots.tolist())) == len(slots)
+            computed = dict(zip(experts.tolist(), slots.tolist(), strict=True))
+            if wave == 0:
+                computed |= {expert: slot_before[expert] for expert in hits}
+            assert len(set(computed.values())) == len(computed)
+            for expert, slot in computed.items():
                 for name, master in manager.store.tensors.items():
                     assert torch.equal(manager.buffers.tensors[name][slot], master[expert])
-            served += wave.experts.tolist()
-            loaded += wave.load_experts.tolist()
-        assert sorted(served) == sorted(needed)
+            served |= set(computed)
+            loaded += experts.tolist()
+        assert served == needed
         assert sorted(loaded) == sorted(needed - resident)  # each missing expert exactly once
         assert plan.hits == len(needed & resident)
         assert plan.overflow == (len(needed) > num_slots)
@@ -79,7 +84,8 @@ def test_every_step_keeps_the_invariants(case):
         assert_consistent(manager)
         replay = twin.plan(topk_ids)
         assert torch.equal(twin.tables.slot_to_expert, manager.tables.slot_to_expert)
-        assert len(replay.waves) == len(plan.waves)
+        assert replay.wave_loads == plan.wave_loads
+        assert torch.equal(replay.load_slots, plan.load_slots)
         if not plan.overflow:
             remapped = manager.remap(topk_ids)
             assert torch.equal(remapped < 0, topk_ids < 0)

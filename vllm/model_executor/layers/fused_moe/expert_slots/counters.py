@@ -49,7 +49,7 @@ def open_counters_directory() -> Path:
 
 class SlotCounters:
     """Totals of one layer and rank since loading. `hits + misses == needed`; every miss is one
-    load; bytes are those of the loads."""
+    load, and as no slot is ever empty, every load is one eviction; bytes are those of the loads."""
 
     def __init__(self, layer_name: str, rank: int, slots: int, bytes_per_expert: int, experts: int):
         self._bytes_per_expert = bytes_per_expert
@@ -62,20 +62,20 @@ class SlotCounters:
         else:
             self._values = np.zeros(len(_FIELDS), dtype=np.int64)
         self._values[len(TOTALS) :] = (slots, slots * bytes_per_expert, experts * bytes_per_expert)
+        self._totals = self._values[: len(TOTALS)]
 
     def add(self, plan: StepPlan) -> None:
-        loads = sum(wave.loads for wave in plan.waves)
-        evictions = sum(wave.evicted for wave in plan.waves)
-        self._values[: len(TOTALS)] += (
+        misses = plan.misses
+        self._totals += (
             1,
             plan.needed,
             plan.hits,
-            plan.needed - plan.hits,
-            loads,
-            evictions,
-            len(plan.waves),
+            misses,
+            misses,
+            misses,
+            len(plan.wave_loads),
             plan.overflow,
-            loads * self._bytes_per_expert,
+            misses * self._bytes_per_expert,
         )
 
     def __getattr__(self, name: str) -> int:

@@ -9,7 +9,6 @@ from vllm.model_executor.layers.fused_moe.expert_slots.policy import ExpertHisto
 from vllm.model_executor.layers.fused_moe.expert_slots.reference import (
     ResidencyTables,
     StepPlan,
-    Wave,
     plan_step,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
@@ -34,9 +33,7 @@ class ExpertSlotManager:
         self.counters = SlotCounters(
             layer_name, rank, self.num_slots, self.store.bytes_per_expert, self.num_experts
         )
-        everyone = torch.arange(self.num_slots)
-        self.tables.assign(everyone, everyone)
-        buffers.load(everyone, everyone)
+        buffers.load(self.tables.slot_to_expert, self.tables.slot_to_expert)
 
     def plan(self, topk_ids: torch.Tensor) -> StepPlan:
         """Decides one step: which experts are needed, which slots the missing ones take, in how
@@ -49,11 +46,7 @@ class ExpertSlotManager:
         self.counters.add(plan)
         return plan
 
-    def load(self, wave: Wave) -> None:
-        """Makes every expert of `wave` resident. Waves are loaded in the order of the plan."""
-        if wave.loads:
-            self.buffers.load(wave.load_experts, wave.load_slots)
-
     def remap(self, topk_ids: torch.Tensor) -> torch.Tensor:
         """Expert ids -> slot numbers, same shape and dtype; -1 stays -1."""
-        return self.tables.expert_to_slot.to(topk_ids.dtype)[topk_ids.to(torch.int64)]
+        slots = self.tables.expert_to_slot.take(topk_ids.long())
+        return slots.to(topk_ids.dtype)

@@ -16,9 +16,8 @@ class ExpertHistory:
     """How recently and how often each expert of a layer was needed.
 
     Attributes:
-        last_needed: [E + 1] int64, the step that last needed the expert, 0 for never. The last
-            entry stands for an empty slot (id -1) and stays -1: empty slots are taken first.
-        frequency: [E + 1] int64, decayed count in units of `FREQUENCY_UNIT`; last entry -1.
+        last_needed: [E] int64, the step that last needed the expert, 0 for never.
+        frequency: [E] int64, decayed count in units of `FREQUENCY_UNIT`.
         step: steps seen by the layer.
     """
 
@@ -26,23 +25,21 @@ class ExpertHistory:
         self.policy = policy
         self.lfu_half_life = lfu_half_life
         self.step = 0
-        self.last_needed = torch.zeros(num_experts + 1, dtype=torch.int64)
-        self.frequency = torch.zeros(num_experts + 1, dtype=torch.int64)
-        self.last_needed[-1] = -1
-        self.frequency[-1] = -1
+        self.last_needed = torch.zeros(num_experts, dtype=torch.int64)
+        self.frequency = torch.zeros(num_experts, dtype=torch.int64)
 
     def values(self, slot_to_expert: torch.Tensor) -> torch.Tensor:
         """Worth of each slot, [N] int64; the lowest is evicted first, ties by slot number."""
-        recency = self.last_needed[slot_to_expert]
+        recency = self.last_needed.index_select(0, slot_to_expert)
         if self.policy == "lru":
             return recency
-        return self.frequency[slot_to_expert] * (1 << 32) + recency
+        return recency.add_(self.frequency.index_select(0, slot_to_expert), alpha=1 << 32)
 
     def touch(self, needed: torch.Tensor) -> None:
-        """Opens the next step and records that it needs the experts `needed`, [n] int64."""
+        """Opens the next step and records whom it needs; `needed` is [E] bool."""
         self.step += 1
-        self.last_needed.index_fill_(0, needed, self.step)
+        self.last_needed.masked_fill_(needed, self.step)
         if self.policy == "lfu":
             if self.step % self.lfu_half_life == 0:
-                self.frequency[:-1] >>= 1
-            self.frequency[needed] += FREQUENCY_UNIT
+                self.frequency >>= 1
+            self.frequency.add_(needed, alpha=FREQUENCY_UNIT)

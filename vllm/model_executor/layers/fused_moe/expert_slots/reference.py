@@ -13,6 +13,7 @@ through a small ring of the least valuable slots, so that the hot set survives a
     wave 3           | half 0|      one half can load while the other computes
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,66 +25,64 @@ _NEEDED_NOW = 1 << 61
 
 
 @dataclass(frozen=True)
-class Wave:
-    """One pass of the fused-MoE kernel over experts that are resident at the same time.
+class StepPlan:
+    """What one step of one layer does.
 
     Attributes:
-        experts: [n] int64, the experts this pass computes.
-        slots: [n] int64, the slot of each.
-        loads: how many of them, at the end of the two lists, are loaded for this wave.
-        evicted: how many loads overwrite another expert.
+        needed: distinct experts the step needs.
+        hits: how many of them were resident when it began; the first wave computes them.
+        load_experts: [misses] int64, the experts to load, in the order of the loads.
+        load_slots: [misses] int64, the slot of each; a slot of the ring comes up repeatedly.
+        wave_loads: loads of each wave; what a wave loads, it computes.
     """
-
-    experts: torch.Tensor
-    slots: torch.Tensor
-    loads: int
-    evicted: int
-
-    @property
-    def load_experts(self) -> torch.Tensor:
-        return self.experts[len(self.experts) - self.loads :]
-
-    @property
-    def load_slots(self) -> torch.Tensor:
-        return self.slots[len(self.slots) - self.loads :]
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What one step of one layer does: `waves` in order, for `needed` experts of which `hits` were
-    resident when it began."""
 
     needed: int
     hits: int
-    waves: list[Wave]
+    load_experts: torch.Tensor
+    load_slots: torch.Tensor
+    wave_loads: list[int]
+
+    @property
+    def misses(self) -> int:
+        return self.needed - self.hits
 
     @property
     def overflow(self) -> bool:
-        return len(self.waves) > 1
+        return len(self.wave_loads) > 1
+
+    def waves(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The experts that each wave loads and their slots, [loads] int64 each."""
+        experts = self.load_experts.split(self.wave_loads)
+        return zip(experts, self.load_slots.split(self.wave_loads), strict=True)
 
 
 class ResidencyTables:
-    """Which expert is where. The two tables are each other's inverse at all times.
+    """Which expert is where. The two tables are each other's inverse at all times, and no slot is
+    ever empty: they start with experts 0 ... N-1.
 
     Attributes:
-        slot_to_expert: [N] int64, -1 = empty.
+        slot_to_expert: [N] int64.
         expert_to_slot: [E + 1] int64, -1 = not resident; the last entry is a guard that keeps
             the id -1 (a padding row) at -1.
+        slots_of_experts: [E] int64, the same without the guard.
+        ring_order: [E] int64, which place of the ring the first, second, ... streamed expert takes.
     """
 
     def __init__(self, num_experts: int, num_slots: int):
         self.num_experts = num_experts
         self.num_slots = num_slots
-        self.slot_to_expert = torch.full((num_slots,), -1, dtype=torch.int64)
+        self.slot_to_expert = torch.arange(num_slots)
         self.expert_to_slot = torch.full((num_experts + 1,), -1, dtype=torch.int64)
+        self.expert_to_slot[:num_slots] = self.slot_to_expert
+        self.slots_of_experts = self.expert_to_slot[:-1]
+        self.ring_size = min(num_slots, 2 * stream_width(num_slots))
+        self.ring_order = torch.arange(num_experts) % self.ring_size
 
-    def assign(self, experts: torch.Tensor, slots: torch.Tensor) -> int:
-        """Puts `experts` into `slots` (both [n] int64); returns how many were evicted for it."""
-        previous = self.slot_to_expert[slots]
-        self.expert_to_slot[previous] = -1
-        self.slot_to_expert[slots] = experts
-        self.expert_to_slot[experts] = slots
-        return int((previous >= 0).sum())
+    def assign(self, experts: torch.Tensor, slots: torch.Tensor) -> None:
+        """Puts `experts` into `slots` (both [n] int64) in the place of whom they hold."""
+        self.expert_to_slot.index_fill_(0, self.slot_to_expert.index_select(0, slots), -1)
+        self.slot_to_expert.scatter_(0, slots, experts)
+        self.expert_to_slot.scatter_(0, experts, slots)
 
 
 def stream_width(num_slots: int) -> int:
@@ -92,10 +91,9 @@ def stream_width(num_slots: int) -> int:
 
 
 def needed_experts(topk_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """The distinct experts of `topk_ids` ([tokens, top_k], -1 = none), ascending, [n] int64."""
-    mask = torch.zeros(num_experts + 1, dtype=torch.bool)
-    mask[topk_ids.reshape(-1).to(torch.int64)] = True
-    return mask[:-1].nonzero().squeeze(1)
+    """Whom `topk_ids` ([tokens, top_k], -1 = nobody) names, [E] bool."""
+    needed = torch.zeros(num_experts + 1, dtype=torch.bool)
+    return needed.index_fill_(0, topk_ids.flatten().long(), True)[:-1]
 
 
 def plan_step(tables: ResidencyTables, history: ExpertHistory, topk_ids: torch.Tensor) -> StepPlan:
@@ -107,35 +105,34 @@ def plan_step(tables: ResidencyTables, history: ExpertHistory, topk_ids: torch.T
         topk_ids: [tokens, top_k] integers, expert ids 0 ... E-1; -1 rows need nothing.
     """
     needed = needed_experts(topk_ids, tables.num_experts)
-    slots_of_needed = tables.expert_to_slot[needed]
-    resident = slots_of_needed >= 0
-    misses = needed[~resident]
-    if len(misses) == 0:
+    num_needed = int(needed.count_nonzero())
+    missing = tables.slots_of_experts.lt(0).logical_and_(needed)
+    misses = missing.nonzero().squeeze(1)
+    num_hits = num_needed - len(misses)
+    if num_hits == num_needed:
         history.touch(needed)
-        return StepPlan(len(needed), len(needed), [Wave(needed, slots_of_needed, 0, 0)])
+        return StepPlan(num_needed, num_hits, misses, misses, [0])
 
     # Values as they were before this step: among the hits of an overflow step, all equally
     # recent by then, they still tell which one to give up first.
-    hits, hit_slots = needed[resident], slots_of_needed[resident]
     values = history.values(tables.slot_to_expert)
-    values[hit_slots] += _NEEDED_NOW
-    order = values.argsort(stable=True)
+    values.add_(needed.index_select(0, tables.slot_to_expert), alpha=_NEEDED_NOW)
+    victims = values.argsort(stable=True)
     history.touch(needed)
 
-    first = min(len(misses), tables.num_slots - len(hits))
-    evicted = tables.assign(misses[:first], order[:first])
-    waves = [
-        Wave(
-            torch.cat((hits, misses[:first])), torch.cat((hit_slots, order[:first])), first, evicted
-        )
-    ]
-    streamed = misses[first:]
-    if len(streamed):
-        # By now every slot is full, so each streamed expert evicts one; the last to come stay.
-        width = stream_width(tables.num_slots)
-        ring = order[: 2 * width]
-        slots = ring.repeat(-(-len(streamed) // len(ring)))[: len(streamed)]
-        tables.assign(streamed[-len(ring) :], slots[-len(ring) :])
-        for experts, halves in zip(streamed.split(width), slots.split(width), strict=True):
-            waves.append(Wave(experts, halves, len(experts), len(experts)))
-    return StepPlan(len(needed), len(hits), waves)
+    first = min(len(misses), tables.num_slots - num_hits)
+    slots = victims[:first]
+    if first == len(misses):
+        tables.assign(misses, slots)
+        return StepPlan(num_needed, num_hits, misses, slots, [first])
+
+    streamed = len(misses) - first
+    tables.assign(misses[:first], slots)
+    ring = victims.index_select(0, tables.ring_order[:streamed])
+    # The last round of the ring stays; the rounds before it are overwritten within the step.
+    last = min(streamed, tables.ring_size)
+    tables.assign(misses[-last:], ring[-last:])
+    slots = torch.cat((slots, ring))
+    full, rest = divmod(streamed, width := stream_width(tables.num_slots))
+    wave_loads = [first, *[width] * full, *[rest] * (rest > 0)]
+    return StepPlan(num_needed, num_hits, misses, slots, wave_loads)

@@ -174,8 +174,7 @@ class ExpertSlotsMixin(_Layer):
             with self.slots.buffers.reading_store():
                 return super().forward_modular(x, topk_weights, topk_ids)
         plan = self.slots.plan(topk_ids)
-        for wave in plan.waves:
-            self.slots.load(wave)
+        self.slots.buffers.load(plan.load_experts, plan.load_slots)
         if not plan.overflow:
             return super().forward_modular(x, topk_weights, self.slots.remap(topk_ids))
         # The CPU kernel reduces over top-k itself, so waves could only be summed after rounding.

@@ -32,16 +32,18 @@ class SlotBuffers:
         }
         for name, parameter in parameters.items():
             parameter.data = self.tensors[name]
+        self._rows = list(zip(*(t.unbind() for t in self.tensors.values()), strict=True))
+        self._homes = list(zip(*(t.unbind() for t in store.tensors.values()), strict=True))
 
     @property
     def num_bytes(self) -> int:
         return self.store.bytes_per_expert * self.num_slots
 
     def load(self, experts: torch.Tensor, slots: torch.Tensor) -> None:
-        """Copies `experts` from the store into `slots`; both [n] int64."""
+        """Copies `experts` from the store into `slots`, both [n] int64, in their order: where a
+        slot comes up twice, the later expert stays."""
         for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
-            for name, master in self.store.tensors.items():
-                self.tensors[name][slot].copy_(master[expert], non_blocking=True)
+            torch._foreach_copy_(self._rows[slot], self._homes[expert])
 
     @contextmanager
     def reading_store(self) -> Iterator[None]:
