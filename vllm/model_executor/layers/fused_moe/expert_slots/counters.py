@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from vllm.model_executor.layers.fused_moe.expert_slots.pinning import pin
 from vllm.model_executor.layers.fused_moe.expert_slots.reference import StepPlan
 
 DIRECTORY_VARIABLE = "VLLM_MOE_GPU_PREFETCH_COUNTERS"
 
 TOTALS = {
-    "steps": "Steps of the layer",
+    "steps": "Steps of the layer that needed an expert",
     "needed": "Distinct experts that steps needed",
     "hits": "Needed experts that were resident",
     "misses": "Needed experts that were not resident",
@@ -67,7 +69,7 @@ class SlotCounters:
     def add(self, plan: StepPlan) -> None:
         misses = plan.misses
         self._totals += (
-            1,
+            plan.needed > 0,
             plan.needed,
             plan.hits,
             misses,
@@ -77,6 +79,14 @@ class SlotCounters:
             plan.overflow,
             misses * self._bytes_per_expert,
         )
+
+    def device_mirror(self, device: torch.device) -> torch.Tensor:
+        """The totals ([9] int64) as memory that kernels on `device` can write. On a GPU the file's
+        pages are pinned for that, so that readers see the kernel's counts without asking."""
+        mirror = torch.from_numpy(self._totals)
+        if device.type == "cuda":
+            pin(torch.from_numpy(self._values))
+        return mirror
 
     def __getattr__(self, name: str) -> int:
         try:

@@ -33,7 +33,7 @@ class StepPlan:
         hits: how many of them were resident when it began; the first wave computes them.
         load_experts: [misses] int64, the experts to load, in the order of the loads.
         load_slots: [misses] int64, the slot of each; a slot of the ring comes up repeatedly.
-        wave_loads: loads of each wave; what a wave loads, it computes.
+        wave_loads: loads of each wave; what a wave loads, it computes. Empty: nobody is needed.
     """
 
     needed: int
@@ -90,6 +90,12 @@ def stream_width(num_slots: int) -> int:
     return max(1, num_slots // 8)
 
 
+def max_waves(num_experts: int, num_slots: int, num_ids: int) -> int:
+    """The most waves a step that routes `num_ids` (tokens * top_k) can take."""
+    streamed = max(0, min(num_experts, num_ids) - num_slots)
+    return 1 + -(-streamed // stream_width(num_slots))
+
+
 def needed_experts(topk_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Whom `topk_ids` ([tokens, top_k], -1 = nobody) names, [E] bool."""
     needed = torch.zeros(num_experts + 1, dtype=torch.bool)
@@ -106,6 +112,9 @@ def plan_step(tables: ResidencyTables, history: ExpertHistory, topk_ids: torch.T
     """
     needed = needed_experts(topk_ids, tables.num_experts)
     num_needed = int(needed.count_nonzero())
+    if num_needed == 0:  # padding rows alone: not a step
+        nobody = torch.empty(0, dtype=torch.int64)
+        return StepPlan(0, 0, nobody, nobody, [])
     missing = tables.slots_of_experts.lt(0).logical_and_(needed)
     misses = missing.nonzero().squeeze(1)
     num_hits = num_needed - len(misses)
