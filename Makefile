@@ -9,7 +9,7 @@ LOG := $(VENV)/setup.log
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup install demo test bench lint
+.PHONY: setup install demo test test-engine test-kernels bench lint
 setup: $(READY)
 
 $(READY): setup.py pyproject.toml tests/cpu_platform/pyproject.toml tests/cpu_platform/requirements.py
@@ -37,8 +37,15 @@ install:
 demo: $(READY)
 	@$(BIN)/python benchmarks/demo.py
 
+# The kernels run in Triton's interpreter, in a process of their own beside the engine's tests.
 test: $(READY)
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-engine test-kernels
+
+test-engine: $(READY)
 	$(BIN)/python -m pytest
+
+test-kernels: $(READY)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
 
 lint: $(READY)
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

@@ -120,14 +120,14 @@ def cases(draw):
     return experts, slots, top_k, draw(st.sampled_from(["lru", "lfu"])), draw(st.integers(0, 999))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(cases())
 def test_kernels_equal_the_reference(case):
     """Random sizes, skew and batches; some rows are padding, by id or by mask."""
     experts, slots, top_k, policy, seed = case
     pair = Pair(experts, slots, policy, half_life=3)
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
-    for _ in range(40):
+    for _ in range(30):
         tokens = rng.choice([1, 1, 2, 3, 5, 9, 30])
         ids = routing(generator, tokens, experts, top_k, rng.choice([0.0, 0.05, 0.3]))
         ids[torch.rand(tokens, generator=generator) < 0.1] = -1
@@ -137,13 +137,13 @@ def test_kernels_equal_the_reference(case):
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
-@pytest.mark.parametrize(("experts", "slots", "top_k"), [(128, 64, 8), (128, 16, 8), (60, 15, 4)])
+@pytest.mark.parametrize(("experts", "slots", "top_k"), [(128, 64, 8), (96, 40, 8), (60, 18, 4)])
 def test_long_histories(experts, slots, top_k, policy):
     """Decode steps with a drifting favourite set, a prefill now and then."""
     pair = Pair(experts, slots, policy, half_life=64)
     generator = torch.Generator().manual_seed(slots)
-    for step in range(900):
-        tokens = 40 if step % 100 == 99 else 1 + step % 4
+    for step in range(1500):
+        tokens = 40 if step % 150 == 149 else 1 + step % 4
         ids = routing(generator, tokens, experts, top_k, 0.1)
         pair.step((ids + step // 50) % experts)
 
@@ -190,5 +190,5 @@ def test_gather_copies_long_rows_whole():
 
 def test_rows_that_are_no_whole_lanes_are_refused():
     store = ExpertStore({"w2_bias": torch.zeros(4, 3, dtype=torch.int16)})
-    with pytest.raises(MoEPrefetchError, match="w2_bias.*6 bytes.*multiple of 16"):
+    with pytest.raises(MoEPrefetchError, match=r"w2_bias.*6 bytes.*multiple of 16"):
         make_manager(DeviceSlotManager, store, 2, "lru", 4)

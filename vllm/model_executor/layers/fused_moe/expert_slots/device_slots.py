@@ -113,13 +113,15 @@ class DeviceSlotManager:
         self.load_experts = zeros(experts)
         self.load_slots = zeros(experts)
         self.head = zeros(4)
-        self._wave_tables = zeros(max_waves(experts, slots, experts), experts)
+        # An entry of -1 before each row: a kernel that looks the id -1 up finds nobody.
+        waves = max_waves(experts, slots, experts)
+        self._wave_tables = (zeros(waves, experts + 1) - 1)[:, 1:]
         self._flags = zeros(self._experts_pad)
         self._order = zeros(2, self._slots_pad, dtype=torch.int64)
         self.reset()
 
     def reset(self) -> None:
-        """Back to the start: experts 0 ... N-1 in the slots, nothing needed yet, nothing counted."""
+        """Back to the start: experts 0 ... N-1 in the slots, nobody needed yet, nothing counted."""
         everyone = torch.arange(self.num_slots)
         self.slot_to_expert.copy_(everyone)
         self.expert_to_slot.fill_(-1)
@@ -133,10 +135,10 @@ class DeviceSlotManager:
         """Decides one step.
 
         Args:
-            topk_ids: [tokens, top_k] int32 on the device, 0 ... E-1, or -1 for nobody.
+            topk_ids: [tokens, top_k] integers on the device, 0 ... E-1, or -1 for nobody.
             is_padding: [tokens] bool on the device; rows that need nothing, whatever they route.
         """
-        topk_ids = topk_ids.contiguous()
+        topk_ids = topk_ids.to(torch.int32).contiguous()
         num_ids = topk_ids.numel()
         waves = max_waves(self.num_experts, self.num_slots, num_ids)
         width = stream_width(self.num_slots)

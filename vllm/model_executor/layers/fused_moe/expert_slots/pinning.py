@@ -7,7 +7,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetch
 
 
 def pin(tensor: torch.Tensor) -> None:
-    """Page-locks and maps the bytes of `tensor` (CPU, contiguous), for as long as the process lives.
+    """Page-locks and maps the bytes of `tensor` (CPU, contiguous) for the life of the process.
 
     Registered rather than allocated pinned: torch's pinned allocator rounds every request up to a
     power of two, which would nearly double a host store.

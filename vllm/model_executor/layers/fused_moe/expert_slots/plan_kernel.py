@@ -23,7 +23,7 @@ def plan_kernel(
     mirror,  # [9] int64, the counters once more, where the host reads them
     bytes_per_expert,
     # what the step is told to do
-    wave_tables,  # [WAVES, E] int32: expert -> slot in each wave, -1 = not in this wave
+    wave_tables,  # [WAVES, E] int32, E + 1 apart: expert -> slot in each wave, -1 = not in it
     load_experts,  # [E] int32
     load_slots,  # [E] int32
     head,  # [4] int32: needed, hits, misses, loads of the first wave
@@ -104,9 +104,7 @@ def plan_kernel(
         # Misses in ascending order: the first wave's take victims, the others go round the ring.
         streams = miss_rank >= first
         place = tl.where(streams, (miss_rank - first) % RING, miss_rank)
-        slot = tl.where(
-            miss, tl.load(victims + place, mask=miss, other=0).to(tl.int32), slot_of
-        )
+        slot = tl.where(miss, tl.load(victims + place, mask=miss, other=0).to(tl.int32), slot_of)
         tl.store(load_experts + miss_rank, e, mask=miss)
         tl.store(load_slots + miss_rank, slot, mask=miss)
         last_round = tl.minimum(streamed, RING)
@@ -120,7 +118,7 @@ def plan_kernel(
     wave_of = tl.where(miss & (miss_rank >= first), 1 + (miss_rank - first) // WIDTH, 0)
     for wave in range(WAVES):
         in_wave = tl.where(needed & (wave_of == wave), slot, -1)
-        tl.store(wave_tables + wave * E + e, in_wave, mask=is_expert)
+        tl.store(wave_tables + wave * (E + 1) + e, in_wave, mask=is_expert)
 
     # Recency and frequency.
     if num_needed > 0:
