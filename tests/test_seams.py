@@ -53,6 +53,8 @@ def test_wrapped_and_replaced_seams_are_the_ones_that_we_touch():
         "from vllm.plugins.moe_gpu_prefetch import register\n"
         "stock = [resolve(s.target) for s in SEAMS]\n"
         "register()\n"
+        "from vllm.plugins.moe_gpu_prefetch.loading import reset_after_warm_up\n"
+        "reset_after_warm_up()  # as a GPU worker does\n"
         "from vllm.model_executor.custom_op import op_registry_oot\n"
         "for seam, before in zip(SEAMS, stock):\n"
         "    changed = resolve(seam.target) != before\n"

@@ -8,6 +8,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.platforms import current_platform
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
@@ -20,6 +21,7 @@ from vllm.plugins.moe_gpu_prefetch.layers import install_for_transformers_backen
 logger = init_logger(__name__)
 
 _GIB = 1 << 30
+_resets_after_warm_up = False
 
 
 def resident_sequences(num_experts: int, top_k: int, slots: int) -> int:
@@ -98,6 +100,34 @@ def install() -> None:
             install_for_transformers_backend()
         model = load_model(self, vllm_config, model_config, *args, **kwargs)
         report(model, config, model_config)
+        if current_platform.is_cuda():
+            reset_after_warm_up()
         return model
 
     BaseModelLoader.load_model = load_model_and_report
+
+
+def reset_after_warm_up() -> None:
+    """Wraps the GPU worker's warm-up: what its dummy batches loaded and counted is undone, so that
+    the first request finds the slots as loading left them. Called in workers only, once they have
+    imported what is wrapped."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from vllm.model_executor.layers.fused_moe.expert_slots.device_slots import DeviceSlotManager
+
+    global _resets_after_warm_up
+    if _resets_after_warm_up:
+        return
+    _resets_after_warm_up = True
+    warm_up = Worker.compile_or_warm_up_model
+
+    @functools.wraps(warm_up)
+    def warm_up_and_reset(self: Worker) -> Any:
+        times = warm_up(self)
+        for module in self.get_model().modules():
+            slots = getattr(module, "slots", None)
+            if isinstance(slots, DeviceSlotManager):
+                slots.reset()
+        return times
+
+    Worker.compile_or_warm_up_model = warm_up_and_reset

@@ -43,7 +43,9 @@ _FIELDS = [*TOTALS, *SIZES]
 def open_counters_directory() -> Path:
     """Makes the directory of one engine's counter files and names it in the environment, which
     the engine's processes inherit. It is removed when this process ends."""
-    directory = tempfile.mkdtemp(prefix="vllm-expert-slots-")
+    # Shared memory where there is any: a GPU can only map files that have no disk behind them.
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    directory = tempfile.mkdtemp(prefix="vllm-expert-slots-", dir=memory)
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     os.environ[DIRECTORY_VARIABLE] = directory
     return Path(directory)

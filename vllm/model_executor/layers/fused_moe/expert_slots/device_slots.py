@@ -16,7 +16,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.gather_kernel import (
     UNIT_BYTES,
     gather_kernel,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.plan_kernel import plan_kernel
+from vllm.model_executor.layers.fused_moe.expert_slots.plan_kernel import IDS, plan_kernel
 from vllm.model_executor.layers.fused_moe.expert_slots.policy import FREQUENCY_UNIT
 from vllm.model_executor.layers.fused_moe.expert_slots.reference import max_waves, stream_width
 from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
@@ -154,6 +154,7 @@ class DeviceSlotManager:
             self.totals,
             self._mirror,
             self.store.bytes_per_expert,
+            waves,
             self._wave_tables,
             self.load_experts,
             self.load_slots,
@@ -164,7 +165,7 @@ class DeviceSlotManager:
             E=self.num_experts,
             N=self.num_slots,
             TOP_K=topk_ids.shape[-1],
-            WAVES=waves,
+            ONE_WAVE=waves == 1,
             WIDTH=width,
             RING=min(self.num_slots, 2 * width),
             LFU=self.config.policy == "lfu",
@@ -173,7 +174,7 @@ class DeviceSlotManager:
             HAS_PADDING=is_padding is not None,
             E_PAD=self._experts_pad,
             N_PAD=self._slots_pad,
-            IDS=min(4096, max(256, triton.next_power_of_2(num_ids))),
+            IDS=IDS,
             CHUNK=max(1, 4096 // self._slots_pad),
             num_warps=8,
         )

@@ -12,7 +12,7 @@ UNIT_BYTES = 1 << 15
 """What a program copies at a time: enough loads in flight to cover the latency of the bus."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wave"])
 def gather_kernel(
     load_experts,  # [E] int32, the step's loads in order
     load_slots,  # [E] int32

@@ -7,8 +7,12 @@ what one part writes to memory the next part reads behind a barrier of that one 
 
 from vllm.triton_utils import tl, triton
 
+IDS = 1024
+"""Expert ids that the kernel looks at together."""
 
-@triton.jit
+
+# What changes from step to step is no constant of the kernel: serving must not wait for a compiler.
+@triton.jit(do_not_specialize=["num_ids", "waves", "bytes_per_expert"])
 def plan_kernel(
     # what the step routes
     topk_ids,  # [tokens, top_k] int32
@@ -22,19 +26,20 @@ def plan_kernel(
     totals,  # [9] int64, the counters in the order of TOTALS; the first, steps, is recency's clock
     mirror,  # [9] int64, the counters once more, where the host reads them
     bytes_per_expert,
+    waves,  # the most that a step of this shape can take
     # what the step is told to do
-    wave_tables,  # [WAVES, E] int32, E + 1 apart: expert -> slot in each wave, -1 = not in it
+    wave_tables,  # [waves, E] int32, E + 1 apart: expert -> slot in each wave, -1 = not in it
     load_experts,  # [E] int32
     load_slots,  # [E] int32
     head,  # [4] int32: needed, hits, misses, loads of the first wave
-    slot_ids,  # [tokens, top_k] int32, topk_ids through the first wave's table; if WAVES == 1
+    slot_ids,  # [tokens, top_k] int32, topk_ids through the first wave's table; if ONE_WAVE
     # memory of the program's own
     flags,  # [E_PAD] int32
     order,  # [2, N_PAD] int64: values of the slots, then the victims in order
     E: tl.constexpr,
     N: tl.constexpr,
     TOP_K: tl.constexpr,
-    WAVES: tl.constexpr,
+    ONE_WAVE: tl.constexpr,  # waves == 1
     WIDTH: tl.constexpr,
     RING: tl.constexpr,
     LFU: tl.constexpr,
@@ -43,7 +48,7 @@ def plan_kernel(
     HAS_PADDING: tl.constexpr,
     E_PAD: tl.constexpr,
     N_PAD: tl.constexpr,
-    IDS: tl.constexpr,  # ids looked at together
+    IDS: tl.constexpr,
     CHUNK: tl.constexpr,  # slots compared together
 ):
     e = tl.arange(0, E_PAD)
@@ -116,7 +121,7 @@ def plan_kernel(
         tl.store(slot_to_expert + slot, e, mask=stays)
 
     wave_of = tl.where(miss & (miss_rank >= first), 1 + (miss_rank - first) // WIDTH, 0)
-    for wave in range(WAVES):
+    for wave in range(waves):
         in_wave = tl.where(needed & (wave_of == wave), slot, -1)
         tl.store(wave_tables + wave * (E + 1) + e, in_wave, mask=is_expert)
 
@@ -146,7 +151,7 @@ def plan_kernel(
     counts = tl.where(i == 0, num_needed, tl.where(i == 1, num_hits, misses))
     tl.store(head + i, tl.where(i == 3, first, counts))
 
-    if WAVES == 1:
+    if ONE_WAVE:
         tl.debug_barrier()
         for begin in range(0, num_ids, IDS):
             at = begin + tl.arange(0, IDS)

@@ -9,6 +9,9 @@ from vllm.distributed import get_world_group
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import (
     LayerNameType,
@@ -27,21 +30,25 @@ from vllm.model_executor.layers.fused_moe.expert_slots.host_store import (
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.load_coverage import LoadCoverage
 from vllm.model_executor.layers.fused_moe.expert_slots.manager import ExpertSlotManager
+from vllm.model_executor.layers.fused_moe.expert_slots.pinning import pin
 from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
 
 logger = init_logger(__name__)
 
-SLOTTED_EXPERTS_CLASSES = {
+CPU_EXPERTS_CLASSES = {
     "CPUUnquantizedExperts",
     "X86CPUUnquantizedExperts",
     "ArmCPUUnquantizedExperts",
     "PowerCPUUnquantizedExperts",
 }
-"""Kernels that are known to run on remapped expert ids over N slots and to give the same bits."""
+"""Kernels of the CPU platform that are known to run on remapped expert ids over N slots and to give
+the same bits. On CUDA the experts class is ours (`experts.py`), in the place of `TritonExperts`."""
 
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts as _Layer
+
+    from vllm.model_executor.layers.fused_moe.expert_slots.device_slots import DeviceSlotManager
 else:
     _Layer = object
 
@@ -53,7 +60,7 @@ class ExpertSlotsMixin(_Layer):
     (`_make_slots`) keeps them as the store and shrinks the parameters to the slots.
     """
 
-    slots: ExpertSlotManager | None = None
+    slots: "ExpertSlotManager | DeviceSlotManager | None" = None
     load_coverage: LoadCoverage | None = None
 
     def adopt_expert_slots(self) -> None:
@@ -84,6 +91,12 @@ class ExpertSlotsMixin(_Layer):
             return
         self._refuse_unless_slottable()
         self.load_coverage = LoadCoverage(self, get_current_vllm_config().load_config.load_format)
+        if current_platform.is_cuda():
+            from vllm.model_executor.layers.fused_moe.expert_slots.experts import (
+                SlottedTritonExperts,
+            )
+
+            self.quant_method.experts_cls = SlottedTritonExperts
         self._process_weights = self.quant_method.process_weights_after_loading
         self.quant_method.process_weights_after_loading = self._process_then_make_slots
         self.quant_method.requires_device_loading = False
@@ -96,8 +109,10 @@ class ExpertSlotsMixin(_Layer):
         experts_cls = getattr(self.quant_method, "experts_cls", None)
         experts_name = getattr(experts_cls, "__name__", type(self.quant_method).__name__)
         reason = None
-        if not current_platform.is_cpu():
-            reason = "expert slots run on vLLM's CPU platform only; the CUDA kernels are not built"
+        if not (current_platform.is_cpu() or current_platform.is_cuda()):
+            reason = (
+                f"expert slots run on CUDA and on the CPU, not on {current_platform.device_name}"
+            )
         elif parallel.dp_size > 1:
             reason = "data parallelism routes tokens of other ranks past the slots; use tensor"
             reason += " parallelism"
@@ -107,8 +122,14 @@ class ExpertSlotsMixin(_Layer):
             reason = "EPLB moves experts between ranks; drop --enable-eplb"
         elif self.moe_config.is_lora_enabled:
             reason = "LoRA adapters are indexed by expert id; drop --enable-lora"
-        elif experts_name not in SLOTTED_EXPERTS_CLASSES:
+        elif current_platform.is_cpu() and experts_name not in CPU_EXPERTS_CLASSES:
             reason = f"its kernel {experts_name} is not known to run on remapped expert ids"
+        elif current_platform.is_cuda() and not (
+            experts_name == "TritonExperts"
+            and isinstance(self.quant_method, UnquantizedFusedMoEMethod)
+        ):
+            reason = f"its kernel is {experts_name} of {type(self.quant_method).__name__}; slots "
+            reason += "on a GPU serve unquantised experts with --moe-backend triton"
         if reason:
             raise MoEPrefetchError(
                 f"--moe-gpu-prefetch cannot serve layer {self.layer_name} "
@@ -131,10 +152,16 @@ class ExpertSlotsMixin(_Layer):
         self._process_weights(layer)
         parameters = per_expert_parameters(layer, self.local_num_experts)
         store = ExpertStore({name: p.data for name, p in parameters.items()})
+        if current_platform.is_cuda():
+            for tensor in store.tensors.values():
+                pin(tensor)
         buffers = SlotBuffers(parameters, store, self.num_slots, self.moe_config.device)
-        self.slots = ExpertSlotManager(
+        manager = manager_class()(
             self.slots_config, buffers, self.layer_name, get_world_group().rank
         )
+        if current_platform.is_cuda():
+            self.quant_method.moe_kernel.fused_experts.slots = manager
+        self.slots = manager
 
     def forward_modular(
         self,
@@ -144,7 +171,8 @@ class ExpertSlotsMixin(_Layer):
         shared_experts: Any = None,
         shared_experts_input: torch.Tensor | None = None,
     ) -> Any:
-        if self.slots is None:
+        if not isinstance(self.slots, ExpertSlotManager):
+            # Stock, or slots on a GPU: there the experts class decides, behind the same call.
             return super().forward_modular(
                 x, topk_weights, topk_ids, shared_experts, shared_experts_input
             )
@@ -168,7 +196,7 @@ class ExpertSlotsMixin(_Layer):
         Returns:
             [tokens, hidden], dtype of `x`.
         """
-        assert self.slots is not None
+        assert isinstance(self.slots, ExpertSlotManager)
         if get_forward_context().attn_metadata is None:
             # A profiling or warm-up run: its rows are nobody's needs.
             with self.slots.buffers.reading_store():
@@ -186,14 +214,27 @@ class ExpertSlotsMixin(_Layer):
 class SlottedRoutedExperts(ExpertSlotsMixin, RoutedExperts):
     """Stands in for stock's `RoutedExperts`; acts as stock where no slots were asked for."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        # Experts are created in host memory; the full set never exists on the device.
+    def __init__(
+        self, layer_name: str, params_dtype: torch.dtype, moe_config: Any, *args: Any, **kwargs: Any
+    ):
         if _slots_wanted():
+            if current_platform.is_cuda() and moe_config.moe_backend == "auto":
+                moe_config.moe_backend = "triton"
+            # Experts are created in host memory; the full set never exists on the device.
             with torch.device("cpu"):
-                super().__init__(*args, **kwargs)
+                super().__init__(layer_name, params_dtype, moe_config, *args, **kwargs)
         else:
-            super().__init__(*args, **kwargs)
+            super().__init__(layer_name, params_dtype, moe_config, *args, **kwargs)
         self.adopt_expert_slots()
+
+
+def manager_class() -> "type[ExpertSlotManager] | type[DeviceSlotManager]":
+    """Who decides on this platform: kernels on CUDA, the reference elsewhere."""
+    if not current_platform.is_cuda():
+        return ExpertSlotManager
+    from vllm.model_executor.layers.fused_moe.expert_slots.device_slots import DeviceSlotManager
+
+    return DeviceSlotManager
 
 
 def _slots_wanted() -> bool:
