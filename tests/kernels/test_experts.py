@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from cuda_library import stand_in_for_cuda_library
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEConfig,
@@ -14,7 +14,6 @@ from vllm.model_executor.layers.fused_moe.config import (
 )
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 
-from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.expert_slots import device_slots, experts
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
 from vllm.model_executor.layers.fused_moe.expert_slots.device_slots import DeviceSlotManager
@@ -25,42 +24,9 @@ from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
 EXPERTS, HIDDEN, WIDTH, TOP_K = 16, 64, 32, 3
 
 
-def align(
-    topk_ids, num_experts, block_size, sorted_ids, expert_ids, num_padded, expert_map=None, *_
-):
-    """What `moe_align_block_size` of vLLM's CUDA library does; an id of -1 looks the map up one
-    entry before its beginning."""
-    by_expert: dict[int, list[int]] = {}
-    for row, expert in enumerate(topk_ids.flatten().tolist()):
-        if expert_map is not None:
-            expert = expert_map.as_strided((1,), (1,), expert_map.storage_offset() + expert).item()
-        if 0 <= expert < num_experts:
-            by_expert.setdefault(expert, []).append(row)
-    rows, blocks = [], []
-    for expert, its_rows in sorted(by_expert.items()):
-        its_rows += [topk_ids.numel()] * (-len(its_rows) % block_size)
-        rows += its_rows
-        blocks += [expert] * (len(its_rows) // block_size)
-    sorted_ids.fill_(topk_ids.numel())[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
-    expert_ids.fill_(0)[: len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-    num_padded.fill_(len(rows))
-
-
 @pytest.fixture(autouse=True)
-def cuda_library(monkeypatch):
-    """Stands in for the three functions of vLLM's CUDA library that the CPU build lacks."""
-
-    def silu_and_mul(activation, out, gate_up, **_):
-        gate, up = gate_up.chunk(2, -1)
-        out.copy_(F.silu(gate.float()).to(gate.dtype) * up)
-
-    def moe_sum(rows, out, *_):
-        out.copy_(rows.sum(1))
-
-    module = "vllm.model_executor.layers.fused_moe"
-    monkeypatch.setattr(ops, "moe_align_block_size", align)
-    monkeypatch.setattr(ops, "moe_sum", moe_sum)
-    monkeypatch.setattr(f"{module}.modular_kernel.apply_moe_activation", silu_and_mul)
+def interpreted(monkeypatch):
+    stand_in_for_cuda_library(monkeypatch)
     monkeypatch.setattr(device_slots, "_GATHER_PROGRAMS", 2)
 
 

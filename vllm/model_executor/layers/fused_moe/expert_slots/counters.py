@@ -19,7 +19,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.expert_slots.pinning import pin
 from vllm.model_executor.layers.fused_moe.expert_slots.reference import StepPlan
 
-DIRECTORY_VARIABLE = "VLLM_MOE_GPU_PREFETCH_COUNTERS"
+DIRECTORY_VARIABLE = "MOE_GPU_PREFETCH_COUNTERS"
 
 TOTALS = {
     "steps": "Steps of the layer that needed an expert",
