@@ -7,18 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pair import Pair, make_manager, make_store, routing
 
 from vllm.model_executor.layers.fused_moe.expert_slots import device_slots
-from vllm.model_executor.layers.fused_moe.expert_slots.config import (
-    MoEPrefetchConfig,
-    MoEPrefetchError,
-)
+from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import TOTALS
 from vllm.model_executor.layers.fused_moe.expert_slots.device_slots import DeviceSlotManager
 from vllm.model_executor.layers.fused_moe.expert_slots.host_store import ExpertStore
-from vllm.model_executor.layers.fused_moe.expert_slots.manager import ExpertSlotManager
-from vllm.model_executor.layers.fused_moe.expert_slots.reference import StepPlan
-from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -27,90 +22,6 @@ def few_programs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device_slots, "_GATHER_PROGRAMS", 2)
         yield
-
-
-def make_store(experts: int, width: int = 8) -> ExpertStore:
-    """Two tensors of different rows; every word names its expert and place."""
-    w13 = torch.arange(experts * 3 * width, dtype=torch.int64).reshape(experts, 3, width)
-    return ExpertStore({"w13_weight": w13, "w2_weight": -w13[:, 0].contiguous()})
-
-
-def make_manager(cls, store: ExpertStore, slots: int, policy: str, half_life: int):
-    parameters = {
-        name: torch.nn.Parameter(t, requires_grad=False) for name, t in store.tensors.items()
-    }
-    buffers = SlotBuffers(parameters, store, slots, torch.device("cpu"))
-    return cls(MoEPrefetchConfig(slots=slots, policy=policy, lfu_half_life=half_life), buffers)
-
-
-class Pair:
-    """The reference and the kernels, fed the same."""
-
-    def __init__(self, experts: int, slots: int, policy: str, half_life: int = 4):
-        store = make_store(experts)
-        self.reference = make_manager(ExpertSlotManager, store, slots, policy, half_life)
-        self.device = make_manager(DeviceSlotManager, store, slots, policy, half_life)
-
-    def step(self, topk_ids: torch.Tensor, is_padding: torch.Tensor | None = None) -> None:
-        asked = topk_ids
-        if is_padding is not None:
-            asked = topk_ids.masked_fill(is_padding[:, None], -1)
-        before = self.reference.tables.slots_of_experts.clone()
-        plan = self.reference.plan(asked)
-        step = self.device.plan(topk_ids, is_padding)
-        assert step.waves >= len(plan.wave_loads)
-        for wave in range(step.waves):
-            if wave <= len(plan.wave_loads):  # of the empty waves, one
-                self.device.load(wave)
-            self._check_wave(plan, before, asked, wave, step.wave_tables[wave])
-        self.reference.buffers.load(plan.load_experts, plan.load_slots)
-        self._check_state(plan)
-        if step.waves == 1:
-            table = torch.cat((step.wave_tables[0], torch.tensor([-1], dtype=torch.int32)))
-            assert torch.equal(step.slot_ids, table[topk_ids.long()])
-            real = asked >= 0
-            assert torch.equal(step.slot_ids[real], self.reference.remap(asked)[real])
-
-    def _check_wave(
-        self, plan: StepPlan, before: torch.Tensor, asked: torch.Tensor, wave: int, table
-    ) -> None:
-        """The wave's table is the reference's, and its experts are in their slots now."""
-        expected = torch.full_like(table, -1)
-        if wave == 0 and plan.needed:
-            needed = torch.unique(asked[asked >= 0]).long()
-            hits = needed[before[needed] >= 0]
-            expected[hits] = before[hits].int()
-        waves = list(plan.waves())
-        if wave < len(waves):
-            experts, slots = waves[wave]
-            expected[experts] = slots.int()
-        assert torch.equal(table, expected)
-        for expert in torch.nonzero(table >= 0).flatten().tolist():
-            for name, home in self.device.store.tensors.items():
-                assert torch.equal(self.device.buffers.tensors[name][table[expert]], home[expert])
-
-    def _check_state(self, plan: StepPlan) -> None:
-        reference, device = self.reference, self.device
-        tables, history = reference.tables, reference.history
-        assert torch.equal(device.slot_to_expert.long(), tables.slot_to_expert)
-        assert torch.equal(device.expert_to_slot.long(), tables.slots_of_experts)
-        assert torch.equal(device.last_needed, history.last_needed)
-        assert torch.equal(device.frequency, history.frequency)
-        assert device.head[:3].tolist() == [plan.needed, plan.hits, plan.misses]
-        assert torch.equal(device.load_experts[: plan.misses].long(), plan.load_experts)
-        assert torch.equal(device.load_slots[: plan.misses].long(), plan.load_slots)
-        for name, slots in reference.buffers.tensors.items():
-            assert torch.equal(device.buffers.tensors[name], slots)
-        counted = reference.counters.as_dict()
-        assert device.totals.tolist() == [counted[name] for name in TOTALS]
-        assert device.counters.as_dict() == counted
-
-
-def routing(generator: torch.Generator, tokens: int, experts: int, top_k: int, skew: float):
-    """[tokens, top_k] distinct experts a token; `skew` 0 is uniform, more is ever more the same."""
-    favour = torch.arange(experts, dtype=torch.float32).neg_().mul_(skew)
-    noise = -torch.log(-torch.log(torch.rand(tokens, experts, generator=generator)))
-    return (favour + noise).topk(top_k).indices.to(torch.int32)
 
 
 @st.composite
