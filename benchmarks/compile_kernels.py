@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every kernel for sm_80, sm_90 and sm_120, which takes no GPU, and prints what each one
-uses: registers a thread, bytes spilled to local memory, bytes of shared memory a program."""
+uses: registers a thread, bytes spilled to local memory, bytes of shared memory a program, and how many
+loads of 16 bytes a thread has in flight (what the gather needs to fill the bus)."""
 
 import argparse
 import json
@@ -113,11 +114,15 @@ def main() -> None:
         for architecture in ARCHITECTURES:
             compiled = compile_for(kernel, constants, architecture)
             used = usage(compiled.asm["cubin"]) | {"shared_bytes": compiled.metadata.shared}
+            wide = re.findall(r"ld\.global\S*\.(?:v2\.b64|v4\.b32)", compiled.asm["ptx"])
+            used["wide_loads"] = len(wide)
             rows.append({"kernel": name, "architecture": f"sm_{architecture}", **used})
     if as_json:
         print(json.dumps(rows))
         return
-    table = Table("kernel", "architecture", "registers", "spilled bytes", "shared bytes")
+    table = Table(
+        "kernel", "architecture", "registers", "spilled bytes", "shared bytes", "wide loads"
+    )
     for row in rows:
         table.add_row(*map(str, row.values()))
     Console().print(table)

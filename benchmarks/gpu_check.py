@@ -204,15 +204,14 @@ def micro(cpu: bool) -> list[Row]:
 
     from vllm.model_executor.layers.fused_moe.expert_slots.device_slots import DeviceSlotManager
     from vllm.model_executor.layers.fused_moe.expert_slots.host_store import ExpertStore
-    from vllm.model_executor.layers.fused_moe.expert_slots.pinning import pin
+    from vllm.model_executor.layers.fused_moe.expert_slots.pinning import pinned
 
     hidden, width, experts, slots = 2048, 768, 128, 64
     tensors = {
         "w13_weight": torch.zeros(experts, 2 * width, hidden, dtype=torch.bfloat16),
         "w2_weight": torch.zeros(experts, hidden, width, dtype=torch.bfloat16),
     }
-    for tensor in tensors.values():
-        pin(tensor)
+    tensors = {name: pinned(tensor) for name, tensor in tensors.items()}
     store = ExpertStore(tensors)
     rows = []
     for policy in ("lru", "lfu"):

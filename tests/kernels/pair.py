@@ -9,7 +9,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.counters import TOTALS
 from vllm.model_executor.layers.fused_moe.expert_slots.device_slots import DeviceSlotManager
 from vllm.model_executor.layers.fused_moe.expert_slots.host_store import ExpertStore
 from vllm.model_executor.layers.fused_moe.expert_slots.manager import ExpertSlotManager
-from vllm.model_executor.layers.fused_moe.expert_slots.pinning import pin
+from vllm.model_executor.layers.fused_moe.expert_slots.pinning import pinned
 from vllm.model_executor.layers.fused_moe.expert_slots.reference import StepPlan
 from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
 
@@ -39,8 +39,7 @@ class Pair:
         self.where = device
         store = make_store(experts)
         if device != "cpu":
-            for tensor in store.tensors.values():
-                pin(tensor)
+            store = ExpertStore({name: pinned(t) for name, t in store.tensors.items()})
         self.reference = make_manager(ExpertSlotManager, store, slots, policy, half_life)
         self.device = make_manager(DeviceSlotManager, store, slots, policy, half_life, device)
 

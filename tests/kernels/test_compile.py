@@ -23,3 +23,5 @@ def test_kernels_compile_without_spilling():
     for row in rows:
         assert row["spilled_bytes"] == 0, row
         assert 0 < row["registers"] <= 255, row
+        if row["kernel"] == "gather":
+            assert row["wide_loads"] >= 4, row

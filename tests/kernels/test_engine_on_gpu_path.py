@@ -2,6 +2,7 @@
 """The whole engine on the GPU's code: layer, manager, kernels and experts class, where only the
 platform's answers and the functions of vLLM's CUDA library are stood in for."""
 
+import mmap
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine import moe_layers, start
 from sample import make_checkpoint
 
-from vllm.model_executor.layers.fused_moe.expert_slots import device_slots, routed_experts
+from vllm.model_executor.layers.fused_moe.expert_slots import device_slots, pinning, routed_experts
 from vllm.model_executor.layers.fused_moe.expert_slots.device_slots import DeviceSlotManager
 from vllm.model_executor.layers.fused_moe.expert_slots.experts import SlottedTritonExperts
 
@@ -42,7 +43,7 @@ def gpu_code(monkeypatch):
     monkeypatch.setattr(TritonExperts, "_supports_current_device", staticmethod(lambda: True))
     cuda = SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False)
     monkeypatch.setattr(routed_experts, "current_platform", cuda)
-    monkeypatch.setattr(routed_experts, "pin", lambda tensor: None)
+    monkeypatch.setattr(pinning, "pin", lambda tensor: None)
     monkeypatch.setattr(device_slots, "_GATHER_PROGRAMS", 2)
 
 
@@ -74,7 +75,7 @@ def test_the_engine_equals_stock(checkpoint, slots, policy):
         assert counters.hits + counters.misses == counters.needed
         residents = layer.slots.slot_to_expert.long()
         for name, home in layer.slots.store.tensors.items():
-            assert home.shape[0] == EXPERTS
+            assert home.shape[0] == EXPERTS and home.data_ptr() % mmap.PAGESIZE == 0
             assert torch.equal(getattr(layer, name).data, home[residents])
     assert sum(layer.slots.counters.overflow_steps for layer in layers) > 0
     assert slotted == stock

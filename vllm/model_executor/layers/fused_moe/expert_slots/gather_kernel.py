@@ -43,8 +43,8 @@ def gather_kernel(
         lanes = tl.load(row_lanes + tensor)
         source = tl.load(homes + tensor) + (expert * lanes + lane) * 16
         target = tl.load(slots + tensor) + (slot * lanes + lane) * 16
-        source = tl.multiple_of(source, 16).to(tl.pointer_type(tl.int64))
-        target = tl.multiple_of(target, 16).to(tl.pointer_type(tl.int64))
+        source = tl.multiple_of(source.to(tl.pointer_type(tl.int64)), 16)
+        target = tl.multiple_of(target.to(tl.pointer_type(tl.int64)), 16)
         left = tl.multiple_of((lanes - lane) * 2, 2)
-        words = tl.load(source + word, mask=word < left, eviction_policy="evict_first")
+        words = tl.load(source + word, mask=word < left)
         tl.store(target + word, words, mask=word < left)

@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pins host memory where it lies, so that kernels and copies can reach it."""
+"""Page-locks host memory where it lies, so that kernels and copies can reach it.
+
+Registered rather than allocated pinned: torch's pinned allocator rounds every request up to a power
+of two, which would nearly double a host store.
+"""
+
+import mmap
 
 import torch
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 
+_OWN_PAGES = 64 << 20
+"""From this size on, the C library gives an allocation pages of its own (its limit is 32 MiB)."""
+
 
 def pin(tensor: torch.Tensor) -> None:
-    """Page-locks and maps the bytes of `tensor` (CPU, contiguous) for the life of the process.
-
-    Registered rather than allocated pinned: torch's pinned allocator rounds every request up to a
-    power of two, which would nearly double a host store.
+    """Page-locks the bytes of `tensor` (CPU, contiguous) for the life of the process. No other
+    pinned tensor may share a page with it.
 
     Raises:
         MoEPrefetchError: the driver refuses; says how much was asked for.
@@ -22,3 +29,20 @@ def pin(tensor: torch.Tensor) -> None:
             f"the driver could not pin {size:,} bytes of host memory (cudaHostRegister: error "
             f"{int(status)}). Raise the limit of locked memory (ulimit -l) or free host memory."
         )
+
+
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in page-locked memory: itself, or a copy if it may share pages with others."""
+    tensor = own_pages(tensor)
+    pin(tensor)
+    return tensor
+
+
+def own_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, contiguous, in memory whose pages it shares with nobody."""
+    tensor = tensor.contiguous()
+    size = tensor.numel() * tensor.element_size()
+    if size >= _OWN_PAGES:
+        return tensor
+    pages = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    return pages.view(tensor.dtype).view(tensor.shape).copy_(tensor)

@@ -125,7 +125,8 @@ def plan_kernel(
         in_wave = tl.where(needed & (wave_of == wave), slot, -1)
         tl.store(wave_tables + wave * (E + 1) + e, in_wave, mask=is_expert)
 
-    # Recency and frequency.
+    # Recency, frequency and counts; nobody reads the old ones any more.
+    tl.debug_barrier()
     if num_needed > 0:
         tl.store(last_needed + e, tl.where(needed, step, recency), mask=is_expert)
         if LFU:

@@ -30,7 +30,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.host_store import (
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.load_coverage import LoadCoverage
 from vllm.model_executor.layers.fused_moe.expert_slots.manager import ExpertSlotManager
-from vllm.model_executor.layers.fused_moe.expert_slots.pinning import pin
+from vllm.model_executor.layers.fused_moe.expert_slots.pinning import pinned
 from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
 
 logger = init_logger(__name__)
@@ -151,10 +151,8 @@ class ExpertSlotsMixin(_Layer):
         assert self.slots_config is not None
         self._process_weights(layer)
         parameters = per_expert_parameters(layer, self.local_num_experts)
-        store = ExpertStore({name: p.data for name, p in parameters.items()})
-        if current_platform.is_cuda():
-            for tensor in store.tensors.values():
-                pin(tensor)
+        home = pinned if current_platform.is_cuda() else lambda tensor: tensor
+        store = ExpertStore({name: home(p.data) for name, p in parameters.items()})
         buffers = SlotBuffers(parameters, store, self.num_slots, self.moe_config.device)
         manager = manager_class()(
             self.slots_config, buffers, self.layer_name, get_world_group().rank
