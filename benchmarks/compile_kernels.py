@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every kernel for sm_80, sm_90 and sm_120, which takes no GPU, and prints what each one
-uses: registers a thread, bytes spilled to local memory, bytes of shared memory a program, and how many
-bytes a thread has in flight (what the gather needs to fill the bus)."""
+uses: registers a thread, bytes spilled to local memory, bytes of shared memory a program, and how
+many loads of 16 bytes a thread has in flight (what the gather needs to fill the bus)."""
 
 import argparse
 import json

@@ -49,6 +49,22 @@ console = Console()
 # --- arms: one engine each, in a process of its own, so that the next finds the memory free ---
 
 
+def watch_loading(measured: Row) -> None:
+    """Notes the peak of GPU memory while the model loads: the experts must never all be there."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    load_model = BaseModelLoader.load_model
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda.reset_peak_memory_stats()
+        model = load_model(*args, **kwargs)
+        measured["load_peak_gib"] = torch.cuda.max_memory_allocated() / (1 << 30)
+        measured["loaded_gib"] = torch.cuda.memory_allocated() / (1 << 30)
+        return model
+
+    BaseModelLoader.load_model = watched
+
+
 def arm(request: Row) -> Row:
     """Runs one engine as `request` says and returns what it measured."""
     import routing
@@ -56,6 +72,9 @@ def arm(request: Row) -> Row:
     from vllm import LLM, SamplingParams
 
     routing.register()
+    measured: Row = {"decode": {}, "prefill": {}}
+    if torch.cuda.is_available():
+        watch_loading(measured)
     llm = LLM(
         str(make_model(request["model"])),
         load_format="dummy",
@@ -87,7 +106,6 @@ def arm(request: Row) -> Row:
         llm.generate([{"prompt_token_ids": i} for i in ids], sampling, use_tqdm=False)
         return time.perf_counter() - begin
 
-    measured: Row = {"decode": {}, "prefill": {}}
     tokens = request["tokens"]
     for batch in request["batches"]:
         seconds(batch, 16, 8)
@@ -404,7 +422,9 @@ def grid(cpu: bool) -> list[Row]:
                     **{"N": slots, "routing": strategy, "layers": shape["layers"]},
                     "tokens/s": measured.get("tokens_per_s", measured.get("failed")),
                     "published (A100-40G)": published.get(slots, ""),
-                    "GPU GiB": measured.get("gpu_gib", ""),
+                    "GPU GiB loaded": measured.get("loaded_gib", ""),
+                    "peak while loading": measured.get("load_peak_gib", ""),
+                    "GPU GiB serving": measured.get("gpu_gib", ""),
                 }
             )
             save("grid", rows)
