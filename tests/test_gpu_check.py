@@ -12,11 +12,6 @@ sys.path.insert(0, str(BENCHMARKS))
 import gpu_check  # noqa: E402
 import routing  # noqa: E402
 
-SHAPE = {
-    **{"hidden": 128, "width": 64, "experts": 32, "top_k": 4},
-    **{"heads": 4, "head_dim": 32, "layers": 2},
-}
-
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     script = [sys.executable, str(BENCHMARKS / "gpu_check.py"), *arguments]
@@ -34,7 +29,13 @@ def test_help_and_the_refusal_without_a_gpu():
 def test_an_arm_measures_and_its_rows_compare_with_stock(tmp_path, monkeypatch):
     """An arm with slots under skewed routing: counters, step times, and the table that is kept."""
     request = {
-        **{"model": SHAPE, "routing": "skewed", "batches": [2], "tokens": 4, "prefills": [24]},
+        **{
+            "model": gpu_check.TINY,
+            "routing": "skewed",
+            "batches": [2],
+            "tokens": 4,
+            "prefills": [24],
+        },
         **{"max_model_len": 128, "max_num_seqs": 4, "serving": (2, 8, 4)},
         "options": {"enforce_eager": True, **gpu_check.slots_option(8)},
     }
