@@ -80,10 +80,10 @@ class Pair:
             experts, slots = waves[wave]
             expected[experts] = slots.int()
         assert torch.equal(table, expected)
-        for expert in torch.nonzero(table >= 0).flatten().tolist():
-            for name, home in self.device.store.tensors.items():
-                slot = self.device.buffers.tensors[name][table[expert]]
-                assert torch.equal(slot.cpu(), home[expert])
+        present = torch.nonzero(table >= 0).flatten()
+        for name, home in self.device.store.tensors.items():
+            slots = self.device.buffers.tensors[name].cpu()
+            assert torch.equal(slots[table[present].long()], home[present])
 
     def _check_state(self, plan: StepPlan) -> None:
         reference, device = self.reference, self.device
