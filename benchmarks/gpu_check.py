@@ -29,13 +29,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "kernels"), str(ROOT / "benchmarks")]
-for name, value in (
-    ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
-    ("VLLM_LOGGING_LEVEL", "WARNING"),
-    ("VLLM_CPU_KVCACHE_SPACE", "1"),
-    ("HF_HUB_OFFLINE", "1"),
-):
-    os.environ.setdefault(name, value)
+if __name__ == "__main__":  # whoever imports this keeps an environment of its own
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import routing  # noqa: E402
 import torch  # noqa: E402
