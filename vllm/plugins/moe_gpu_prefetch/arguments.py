@@ -18,6 +18,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import open_counters_directory
 from vllm.plugins.moe_gpu_prefetch.metrics import expose
+from vllm.plugins.moe_gpu_prefetch.planning import settle
 from vllm.plugins.moe_gpu_prefetch.seams import unsupported_version
 
 WORKER_EXTENSION = "vllm.plugins.moe_gpu_prefetch.worker.ExpertSlotsWorkerExtension"
@@ -25,7 +26,7 @@ _WHOLE_LOADERS = {"tensorizer", "modelexpress", "ipc_cache"}
 _EXPERT_PARAMETER = ".mlp.experts.routed_experts.w13_weight.w2_weight."
 
 
-def _slots(value: str) -> int:
+def _slots(value: str) -> int | str:
     try:
         slots: Any = int(value)
     except ValueError:
@@ -51,7 +52,7 @@ def _add_group(parser: argparse.ArgumentParser) -> None:
     docs = {name: " ".join(text.split()) for name, text in get_attr_docs(MoEPrefetchConfig).items()}
     group = parser.add_argument_group("ExpertSlots", MoEPrefetchConfig.__doc__)
     group.add_argument(
-        "--moe-gpu-prefetch", type=_slots, default=None, metavar="N", help=docs["slots"]
+        "--moe-gpu-prefetch", type=_slots, default=None, metavar="N|auto", help=docs["slots"]
     )
     options = "\n\n".join(f"{name}: {text}" for name, text in docs.items() if name != "slots")
     group.add_argument(
@@ -77,6 +78,21 @@ def _merge(args: argparse.Namespace) -> None:
         merged[key] = value
     if merged:
         args.additional_config = merged
+
+
+def _show_refusals_in_one_line() -> None:
+    """On the command line, what the memory plan refuses ends with its message alone."""
+    show = sys.excepthook
+    if getattr(show, "__module__", None) == __name__:
+        return
+
+    def excepthook(kind: Any, error: BaseException, stack: Any) -> None:
+        if isinstance(error, MoEPrefetchError):
+            print(f"vllm: error: {error}", file=sys.stderr)
+        else:
+            show(kind, error, stack)
+
+    sys.excepthook = excepthook
 
 
 def slots_wanted(engine_args: EngineArgs) -> bool:
@@ -141,6 +157,7 @@ def install() -> None:
         except MoEPrefetchError as error:
             print(f"vllm: error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        _show_refusals_in_one_line()
         return engine_args
 
     @functools.wraps(create_engine_config)
@@ -151,6 +168,7 @@ def install() -> None:
         directory = open_counters_directory()
         self.worker_extension_cls = self.worker_extension_cls or WORKER_EXTENSION
         vllm_config = create_engine_config(self, *args, **kwargs)
+        settle(vllm_config)
         expose(directory, vllm_config)
         return vllm_config
 

@@ -43,7 +43,7 @@ SEAMS = (
     Seam(
         "vllm.engine.arg_utils:EngineArgs.create_engine_config",
         "wrapped",
-        "refuses conflicts for LLM(...) too; opens the counters' directory; exposes them",
+        "refuses conflicts for LLM(...) too; makes the memory plan; opens and exposes counters",
         "builds MoEPrefetchConfig, a field of OffloadConfig with the checks as its validator",
     ),
     Seam(
@@ -195,6 +195,71 @@ SEAMS = (
     Seam("vllm.utils.torch_utils:_encode_layer_name", "relied on", "layer name as an op argument"),
     Seam("vllm.utils.torch_utils:_resolve_layer_name", "relied on", "and back"),
     Seam("vllm.config.utils:get_attr_docs", "relied on", "field docstrings as --help text"),
+    Seam(
+        "vllm.model_executor.model_loader.utils:initialize_model",
+        "relied on",
+        "builds the model on the meta device, for the memory plan",
+        "the plan would be made by the worker, in `load_model`, before it reads a weight",
+        ("vllm_config", "model_config"),
+    ),
+    Seam(
+        "vllm.distributed.parallel_state:GroupCoordinator",
+        "relied on",
+        "stands in for parallel groups in the plan's process: its attributes, and the module's "
+        "globals _WORLD, _TP, _ETP, _PP, _DP, _EP, _EPLB, _PCP, _DCP",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.attn_utils:get_kv_cache_spec",
+        "relied on",
+        "the KV cache that the attention layers ask for",
+        "",
+        ("vllm_config",),
+    ),
+    Seam(
+        "vllm.v1.worker.worker_base:WorkerBase.get_supported_kv_cache_layouts",
+        "relied on",
+        "called with nothing but a vllm_config behind it",
+    ),
+    Seam(
+        "vllm.v1.attention.backends.utils:resolve_kv_cache_layout",
+        "relied on",
+        "grouping the KV cache asks for its layout",
+        "",
+        ("vllm_config", "supported_layouts", "kv_cache_specs"),
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_utils:get_kv_cache_groups",
+        "relied on",
+        "groups the KV cache as the engine does",
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_utils:_max_memory_usage_bytes_from_groups",
+        "relied on",
+        "the KV cache of one sequence, as vLLM's own check counts it",
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_utils:_pool_bytes_per_block",
+        "relied on",
+        "one block of it",
+    ),
+    Seam(
+        "vllm.platforms.interface:Platform.update_block_size_for_backend",
+        "relied on",
+        "settles the size of a block once the attention layers are known",
+        "",
+        ("vllm_config",),
+    ),
+    Seam(
+        "vllm.platforms.interface:Platform.get_device_total_memory",
+        "relied on",
+        "what gpu_memory_utilization is a share of",
+    ),
+    Seam(
+        "vllm.utils.argparse_utils:FlexibleArgumentParser",
+        "relied on",
+        "the parser of `vllm-moe-prefetch plan`",
+        "`vllm moe-prefetch plan`, a subcommand",
+    ),
     Seam(
         "vllm.v1.metrics.prometheus:get_prometheus_registry",
         "relied on",

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the user asked for: one validated object, carried by `VllmConfig.additional_config`."""
 
-from typing import Any, Literal
+from dataclasses import fields
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 from vllm.config.utils import config
@@ -18,10 +19,11 @@ class MoEPrefetchError(ValueError):
 class MoEPrefetchConfig:
     """Expert slots for Mixture-of-Experts models."""
 
-    slots: int = Field(ge=1)
+    slots: Annotated[int, Field(ge=1)] | Literal["auto"]
     """Number of expert slots per MoE layer and rank. Every routed expert lives in host memory; this
     many are resident at a time. Raised to the router's top-k when it is lower; at or above the
-    number of experts nothing is offloaded. Not given: stock vLLM."""
+    number of experts nothing is offloaded. `auto`: the largest number that leaves the KV cache its
+    room. Not given: stock vLLM."""
 
     policy: Literal["lru", "lfu"] = "lru"
     """Which resident expert is evicted first: `lru`, the one needed longest ago; `lfu`, the one
@@ -29,6 +31,10 @@ class MoEPrefetchConfig:
 
     lfu_half_life: int = Field(default=128, ge=1, le=1 << 20)
     """For `lfu`: the number of steps of a layer after which a count is worth half."""
+
+    host_memory_reserve: Annotated[float, Field(ge=0)] | None = None
+    """GiB of host memory that the experts must leave available, else the start is refused. Not
+    given: 8 GiB or a tenth of the memory, whichever is more."""
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> "MoEPrefetchConfig | None":
@@ -56,20 +62,16 @@ class MoEPrefetchConfig:
     @classmethod
     def validated(cls, slots: Any, options: Any) -> "MoEPrefetchConfig":
         """Builds the configuration from a slot count and an options mapping, both untrusted."""
-        if slots == "auto":
-            raise MoEPrefetchError(
-                "--moe-gpu-prefetch auto is not available yet: give the number of slots per MoE "
-                "layer, for example --moe-gpu-prefetch 32."
-            )
-        if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
+        number = isinstance(slots, int) and not isinstance(slots, bool) and slots >= 1
+        if slots != "auto" and not number:
             raise MoEPrefetchError(
                 f"--moe-gpu-prefetch {slots!r}: the number of expert slots per MoE layer must be "
-                "an integer of at least 1."
+                "an integer of at least 1, or auto."
             )
         if not isinstance(options, dict) or "slots" in options:
             raise MoEPrefetchError(
-                f"--moe-gpu-prefetch-config {options!r}: expected a JSON object with the keys "
-                "policy and lfu_half_life; the slot count goes to --moe-gpu-prefetch."
+                f"--moe-gpu-prefetch-config {options!r}: expected a JSON object with keys of "
+                f"{', '.join(_OPTIONS)}; the slot count goes to --moe-gpu-prefetch."
             )
         try:
             return cls(slots=slots, **options)  # type: ignore[call-arg]
@@ -80,3 +82,6 @@ class MoEPrefetchConfig:
                 f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors()
             )
             raise MoEPrefetchError(f"--moe-gpu-prefetch-config: {reasons}") from None
+
+
+_OPTIONS = [field.name for field in fields(MoEPrefetchConfig) if field.name != "slots"]  # type: ignore[arg-type]

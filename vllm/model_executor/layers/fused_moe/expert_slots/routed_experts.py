@@ -74,6 +74,11 @@ class ExpertSlotsMixin(_Layer):
         )
         if self.slots_config is None:
             return
+        if self.slots_config.slots == "auto":
+            raise MoEPrefetchError(
+                "--moe-gpu-prefetch auto was not settled, because this engine's configuration was "
+                "not made by EngineArgs. Give a number."
+            )
         self.num_slots = max(self.slots_config.slots, self.top_k)
         if self.num_slots > self.slots_config.slots:
             logger.warning_once(

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What N slots per layer cost, what fits, and which N `auto` takes: arithmetic, no model."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+from vllm.model_executor.layers.fused_moe.expert_slots.host_memory import HostMemory
+
+GIB = 1 << 30
+
+RUNTIME_BYTES = 1 * GIB
+"""Kept on every GPU for what no formula knows: CUDA graphs, library workspaces, fragmentation. On
+the CPU platform it stands for the process itself. An estimate."""
+
+
+def gib(num_bytes: int) -> str:
+    """For messages: GiB, or MiB where that would read as nothing."""
+    if num_bytes < GIB // 10:
+        return f"{num_bytes / (1 << 20):,.1f} MiB"
+    return f"{num_bytes / GIB:,.2f} GiB"
+
+
+def distinct_experts(num_experts: int, top_k: int, sequences: int) -> float:
+    """Experts of a layer that one decode step of `sequences` needs: `E * (1 - (1 - k / E) ** b)`,
+    if routing is uniform and independent. Real routing is more local, so this is the high end."""
+    return num_experts * (1 - (1 - top_k / num_experts) ** sequences)
+
+
+def resident_sequences(num_experts: int, top_k: int, slots: int) -> int:
+    """Sequences that may decode together before their experts outgrow fewer than E slots."""
+    assert slots < num_experts
+    sequences = 1
+    while distinct_experts(num_experts, top_k, sequences + 1) <= slots:
+        sequences += 1
+    return sequences
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One MoE layer on one rank."""
+
+    experts: int
+    top_k: int
+    bytes_per_expert: int
+
+    def resident(self, slots: int) -> int:
+        """Experts on the GPU if `slots` are asked for: at least top-k, at most all."""
+        return min(self.experts, max(slots, self.top_k))
+
+    def slot_bytes(self, slots: int) -> int:
+        return self.resident(slots) * self.bytes_per_expert
+
+    def store_bytes(self, slots: int) -> int:
+        """Bytes of the host store; none where every expert has its slot."""
+        offloaded = self.resident(slots) < self.experts
+        return self.experts * self.bytes_per_expert if offloaded else 0
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one rank of a model takes. All sizes in bytes.
+
+    Attributes:
+        layers: the MoE layers of this rank.
+        other_weight_bytes: every parameter and buffer but the routed experts.
+        kv_sequence_bytes: KV cache of one sequence of `max_model_len`.
+        kv_block_bytes: one block of the KV cache; vLLM keeps one back.
+        activation_bytes: intermediates of the largest batch, an estimate (docs/sizing.md).
+    """
+
+    layers: tuple[MoELayer, ...]
+    other_weight_bytes: int
+    kv_sequence_bytes: int
+    kv_block_bytes: int
+    activation_bytes: int
+
+    @property
+    def overhead_bytes(self) -> int:
+        return self.activation_bytes + RUNTIME_BYTES
+
+    def slot_bytes(self, slots: int) -> int:
+        return sum(layer.slot_bytes(slots) for layer in self.layers)
+
+    def store_bytes(self, slots: int) -> int:
+        return sum(layer.store_bytes(slots) for layer in self.layers)
+
+    def gpu_bytes(self, slots: int) -> int:
+        """Everything on the GPU but the KV cache."""
+        return self.slot_bytes(slots) + self.other_weight_bytes + self.overhead_bytes
+
+    def kv_bytes(self, sequences: int) -> int:
+        """KV cache that vLLM asks for to run `sequences` of `max_model_len`."""
+        return self.kv_sequence_bytes * sequences + self.kv_block_bytes
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plan must keep to, and the workload it is made for.
+
+    Attributes:
+        gpu_bytes: what vLLM may use of each GPU.
+        gpu_limit: the same in words.
+        kv_cache_bytes: the KV cache if it was given in bytes, else None: what is left.
+        host: this machine's memory, or None if the question is about another machine.
+        host_reserve: bytes of host memory that must stay available.
+        ranks_per_host: ranks that keep a host store on one machine.
+        host_is_device: slots and weights are host memory too (the CPU platform).
+        max_num_seqs: sequences that may run together.
+        max_model_len: tokens of the longest sequence.
+        shortens: vLLM lowers `max_model_len` to what the KV cache holds.
+        rows_per_sequence: rows that one decoding sequence routes: 1 + speculative tokens.
+    """
+
+    gpu_bytes: int
+    gpu_limit: str
+    kv_cache_bytes: int | None
+    host: HostMemory | None
+    host_reserve: int
+    ranks_per_host: int
+    host_is_device: bool
+    max_num_seqs: int
+    max_model_len: int
+    shortens: bool
+    rows_per_sequence: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one N means, on the rank that it leaves least. All sizes in bytes.
+
+    Attributes:
+        slots: expert slots per MoE layer.
+        fits: whether it can start.
+        reason: why not; or what room it leaves.
+        gpu_bytes: all that one GPU holds but the KV cache: the sum of the next three.
+        slot_bytes: the slots of all layers.
+        other_weight_bytes: every weight but the routed experts.
+        overhead_bytes: intermediates and runtime, estimates.
+        kv_cache_bytes: the KV cache that there is room for.
+        kv_sequences: sequences of `max_model_len` that it holds.
+        host_bytes: the host stores of one machine.
+        resident_sequences: sequences that decode together without outgrowing the slots;
+            `max_num_seqs` if there is a slot for every expert.
+    """
+
+    slots: int
+    fits: bool
+    reason: str
+    gpu_bytes: int
+    slot_bytes: int
+    other_weight_bytes: int
+    overhead_bytes: int
+    kv_cache_bytes: int
+    kv_sequences: float
+    host_bytes: int
+    resident_sequences: int
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+class MemoryPlanner:
+    """Answers what fits.
+
+    Args:
+        footprints: one for each pipeline stage; the tensor-parallel ranks of a stage are alike.
+        limits: of the machine and the workload.
+    """
+
+    def __init__(self, footprints: Sequence[Footprint], limits: Limits):
+        self.footprints = footprints
+        self.limits = limits
+        layers = [layer for footprint in footprints for layer in footprint.layers]
+        self.num_layers = len(layers)
+        self.num_experts = max(layer.experts for layer in layers)
+        self.top_k = max(layer.top_k for layer in layers)
+        self.bytes_per_expert = max(layer.bytes_per_expert for layer in layers)
+
+    @property
+    def smallest(self) -> int:
+        """The slots that a batch of one needs: the experts of its rows in one layer."""
+        return min(self.num_experts, self.top_k * self.limits.rows_per_sequence)
+
+    def plan(self, slots: int) -> Plan:
+        """The plan of `slots` (raised to top-k, lowered to E), fitting or not."""
+        slots = min(self.num_experts, max(self.top_k, slots))
+        limits = self.limits
+        rank = min(self.footprints, key=lambda f: self._left(f, slots) - self._kv_floor(f))
+        given = limits.kv_cache_bytes
+        kv_cache = max(0, self._left(rank, slots)) if given is None else given
+        usable = max(0, kv_cache - rank.kv_block_bytes)
+        sequences = usable / rank.kv_sequence_bytes if rank.kv_sequence_bytes else math.inf
+        host_bytes = self._host_bytes(slots)
+        resident = limits.max_num_seqs
+        if slots < self.num_experts:
+            resident = resident_sequences(self.num_experts, self.top_k, slots)
+        reason = self._gpu_shortage(rank, slots) or self._host_shortage(slots, host_bytes)
+        room = f"room for {sequences:,.1f} sequences of {limits.max_model_len:,} tokens"
+        return Plan(
+            slots=slots,
+            fits=reason is None,
+            reason=reason or room,
+            gpu_bytes=rank.gpu_bytes(slots),
+            slot_bytes=rank.slot_bytes(slots),
+            other_weight_bytes=rank.other_weight_bytes,
+            overhead_bytes=rank.overhead_bytes,
+            kv_cache_bytes=kv_cache,
+            kv_sequences=round(sequences, 2),
+            host_bytes=host_bytes,
+            resident_sequences=resident,
+        )
+
+    def largest(self) -> int | None:
+        """The largest N that fits, or None."""
+        counts = range(self.num_experts, self.top_k - 1, -1)
+        return next((slots for slots in counts if self.plan(slots).fits), None)
+
+    def auto(self) -> int:
+        """The largest N that leaves the KV cache its room: `max_num_seqs` sequences of
+        `max_model_len`, but no more than half of what weights and intermediates leave, and no less
+        than one sequence. Never below what a batch of one needs, if that fits at all.
+
+        Raises:
+            MoEPrefetchError: nothing fits.
+        """
+
+        def leaves_room(slots: int) -> bool:
+            return self.plan(slots).fits and all(
+                self._left(footprint, slots) >= self._kv_room(footprint)
+                for footprint in self.footprints
+            )
+
+        counts = range(self.num_experts, self.smallest - 1, -1)
+        for slots in counts:
+            if leaves_room(slots):
+                return slots
+        if self.plan(self.smallest).fits:
+            return self.smallest
+        self.refuse(self.smallest, "auto")
+        raise AssertionError
+
+    def refuse(self, slots: int, asked: int | str) -> None:
+        """Raises:
+        MoEPrefetchError: `slots` do not fit: what is needed, what there is, and the way out.
+        """
+        plan = self.plan(slots)
+        if plan.fits:
+            return
+        shortage = f"N={plan.slots} {plan.reason}"
+        largest, least = self.largest(), self.plan(self.top_k)
+        if largest is not None:
+            way_out = f"The largest N that fits is {largest}."
+        elif least.reason == self._host_shortage(least.slots, least.host_bytes):
+            shortage = f"N={least.slots} {least.reason}"
+            way_out = (
+                "No N fits. Free host memory, spread the model over more machines, or lower the "
+                "reserve with --moe-gpu-prefetch-config.host_memory_reserve GIB."
+            )
+        else:
+            way_out = (
+                f"No N fits, not even {self.top_k} (the router's top-k): raise "
+                "--gpu-memory-utilization or --kv-cache-memory-bytes, lower --max-model-len, "
+                "--max-num-seqs or --max-num-batched-tokens, or raise --tensor-parallel-size."
+            )
+        raise MoEPrefetchError(f"--moe-gpu-prefetch {asked} does not fit: {shortage}. {way_out}")
+
+    def _left(self, footprint: Footprint, slots: int) -> int:
+        """Room for the KV cache on a GPU; below zero if not even the rest fits."""
+        return self.limits.gpu_bytes - footprint.gpu_bytes(slots)
+
+    def _kv_floor(self, footprint: Footprint) -> int:
+        """The KV cache without which vLLM does not start."""
+        return footprint.kv_bytes(0 if self.limits.shortens else 1)
+
+    def _kv_room(self, footprint: Footprint) -> int:
+        """The KV cache that `auto` leaves room for."""
+        if self.limits.kv_cache_bytes is not None:
+            return self.limits.kv_cache_bytes
+        workload = footprint.kv_bytes(self.limits.max_num_seqs)
+        free = self.limits.gpu_bytes - footprint.other_weight_bytes - footprint.overhead_bytes
+        return max(self._kv_floor(footprint), min(workload, free // 2))
+
+    def _gpu_shortage(self, rank: Footprint, slots: int) -> str | None:
+        limits = self.limits
+        kv_cache = limits.kv_cache_bytes
+        needed = self._kv_floor(rank)
+        if kv_cache is not None and needed > kv_cache:
+            return (
+                f"leaves no room for one sequence: {limits.max_model_len:,} tokens take "
+                f"{gib(needed)} of KV cache, {gib(kv_cache)} are given"
+            )
+        kv_cache = needed if kv_cache is None else kv_cache
+        total = rank.gpu_bytes(slots) + kv_cache
+        if total <= limits.gpu_bytes:
+            return None
+        return (
+            f"needs {gib(total)} ({gib(rank.slot_bytes(slots))} slots, "
+            f"{gib(rank.other_weight_bytes)} other weights, {gib(rank.overhead_bytes)} "
+            f"intermediates and runtime, {gib(kv_cache)} KV cache), there are {limits.gpu_limit}"
+        )
+
+    def _host_bytes(self, slots: int) -> int:
+        """Host stores of the machine that has to keep most."""
+        stages = len(self.footprints)
+        tensor_ranks = max(1, self.limits.ranks_per_host // stages)
+        stores = [f.store_bytes(slots) for f in self.footprints for _ in range(tensor_ranks)]
+        return sum(sorted(stores, reverse=True)[: self.limits.ranks_per_host])
+
+    def _host_shortage(self, slots: int, host_bytes: int) -> str | None:
+        limits = self.limits
+        if limits.host is None or not host_bytes:
+            return None
+        taken = host_bytes
+        if limits.host_is_device:
+            taken += sum(f.slot_bytes(slots) + f.other_weight_bytes for f in self.footprints)
+        if limits.host.available - taken >= limits.host_reserve:
+            return None
+        return (
+            f"needs {gib(taken)} of host memory, {gib(limits.host.available)} are available and "
+            f"{gib(limits.host_reserve)} must stay free"
+        )

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory plan of an engine that is about to start: settles N, refuses what does not fit, and
+says what was decided, before a weight is read."""
+
+import math
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm.model_executor.layers.fused_moe.expert_slots.config import (
+    SLOTS_KEY,
+    MoEPrefetchConfig,
+    MoEPrefetchError,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.footprint import measure
+from vllm.model_executor.layers.fused_moe.expert_slots.host_memory import host_memory
+from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import (
+    Limits,
+    MemoryPlanner,
+    distinct_experts,
+    gib,
+)
+
+logger = init_logger(__name__)
+
+BATCHES = (1, 4, 16, 64)
+
+
+def planner_for(
+    vllm_config: VllmConfig, config: MoEPrefetchConfig, gpu_memory: int | None = None
+) -> MemoryPlanner | None:
+    """What can be asked about this model here, or None for a model without MoE layers.
+
+    Args:
+        gpu_memory: bytes of a GPU that is elsewhere; this machine's host memory is then no limit.
+
+    Raises:
+        MoEPrefetchError: the model cannot be built from its configuration.
+    """
+    footprints = measure(vllm_config)
+    if not any(footprint.layers for footprint in footprints):
+        return None
+    return MemoryPlanner(footprints, limits_of(vllm_config, config, gpu_memory))
+
+
+def limits_of(
+    vllm_config: VllmConfig, config: MoEPrefetchConfig, gpu_memory: int | None = None
+) -> Limits:
+    """The limits of this machine, or of one with GPUs of `gpu_memory` bytes."""
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    scheduler, speculation = vllm_config.scheduler_config, vllm_config.speculative_config
+    total = current_platform.get_device_total_memory() if gpu_memory is None else gpu_memory
+    kv_cache_bytes = cache.kv_cache_memory_bytes
+    share = cache.gpu_memory_utilization if kv_cache_bytes is None else 1.0
+    gpu_limit = gib(int(total * share))
+    if share < 1:
+        gpu_limit += f" (--gpu-memory-utilization {share:g} of {gib(total)})"
+    here = host_memory()
+    return Limits(
+        gpu_bytes=int(total * share),
+        gpu_limit=gpu_limit,
+        kv_cache_bytes=kv_cache_bytes,
+        host=here if gpu_memory is None else None,
+        host_reserve=here.reserve(config.host_memory_reserve),
+        ranks_per_host=max(1, parallel.world_size // parallel.nnodes),
+        host_is_device=gpu_memory is None and current_platform.is_cpu(),
+        max_num_seqs=scheduler.max_num_seqs,
+        max_model_len=vllm_config.model_config.max_model_len,
+        shortens=vllm_config.model_config.original_max_model_len == -1,
+        rows_per_sequence=1 + (speculation.num_speculative_tokens if speculation else 0),
+    )
+
+
+def settle(vllm_config: VllmConfig) -> None:
+    """Turns `auto` into a number in `vllm_config`, refuses a plan that does not fit, logs it.
+
+    Raises:
+        MoEPrefetchError: it does not fit; says what is needed, what there is, and the way out.
+    """
+    config = MoEPrefetchConfig.from_additional_config(vllm_config.additional_config)
+    if config is None or not vllm_config.model_config.is_moe:
+        return
+    try:
+        planner = planner_for(vllm_config, config)
+    except MoEPrefetchError as error:
+        if config.slots == "auto":
+            raise MoEPrefetchError(f"--moe-gpu-prefetch auto: {error}. Give a number.") from None
+        logger.warning("No memory plan, so nothing is checked before loading: %s", error)
+        return
+    if planner is None:
+        return
+    slots = planner.auto() if config.slots == "auto" else config.slots
+    planner.refuse(slots, config.slots)
+    vllm_config.additional_config = {**vllm_config.additional_config, SLOTS_KEY: slots}
+    _log(planner, slots, config)
+
+
+def _log(planner: MemoryPlanner, slots: int, config: MoEPrefetchConfig) -> None:
+    plan, limits = planner.plan(slots), planner.limits
+    chosen = ""
+    if config.slots == "auto":
+        chosen = " (auto: the largest that leaves the KV cache its room)"
+    logger.info(
+        "Memory plan: %d of %d expert slots per MoE layer%s; per rank %s of slots, %s of other "
+        "weights, about %s of intermediates and runtime, %s of KV cache (%s), of %s; %s of experts "
+        "in host memory. %s.",
+        plan.slots,
+        planner.num_experts,
+        chosen,
+        gib(plan.slot_bytes),
+        gib(plan.other_weight_bytes),
+        gib(plan.overhead_bytes),
+        gib(plan.kv_cache_bytes),
+        plan.reason,
+        limits.gpu_limit,
+        gib(plan.host_bytes),
+        expectation(planner),
+    )
+    expected = distinct_experts(planner.num_experts, planner.top_k, limits.max_num_seqs)
+    if plan.slots < planner.num_experts and expected > plan.slots:
+        logger.warning(
+            "With --max-num-seqs %d a full batch needs about %.0f distinct experts of a layer, "
+            "more than its %d slots: overflow steps are the normal case then. Lower "
+            "--max-num-seqs to %d, or raise --moe-gpu-prefetch to %d.",
+            limits.max_num_seqs,
+            expected,
+            plan.slots,
+            plan.resident_sequences,
+            min(planner.num_experts, math.ceil(expected)),
+        )
+
+
+def expectation(planner: MemoryPlanner) -> str:
+    """Distinct experts that a decode step is expected to need, for some batch sizes."""
+    counts = [
+        f"{distinct_experts(planner.num_experts, planner.top_k, batch):.0f} at {batch}"
+        for batch in BATCHES
+    ]
+    return f"Distinct experts expected in a step: {', '.join(counts)} sequences"
