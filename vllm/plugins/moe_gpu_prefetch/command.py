@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The console command `vllm-moe-prefetch`: what fits, without weights and without a GPU."""
+"""The console command `vllm-moe-prefetch`: what fits, without weights and without a GPU; and the
+shared expert stores of this machine."""
 
 import argparse
 import json
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
@@ -25,6 +27,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import (
     Plan,
     gib,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import remove, stores
 from vllm.plugins.moe_gpu_prefetch import register
 from vllm.plugins.moe_gpu_prefetch.planning import expectation, planner_for
 
@@ -93,7 +96,21 @@ def parser() -> argparse.ArgumentParser:
         for group in plan._action_groups
         if any(action.help != argparse.SUPPRESS for action in group._group_actions)
     ]
-    plan.set_defaults(run=_plan, load_format="dummy", skip_tokenizer_init=True)
+    listing = commands.add_parser(
+        "stores",
+        usage="vllm-moe-prefetch stores DIRECTORY [--remove [KEY ...]] [--json]",
+        help="the shared expert stores under a directory, and how to remove them",
+    )
+    listing.add_argument("directory", metavar="DIRECTORY", type=Path)
+    listing.add_argument(
+        "--remove",
+        nargs="*",
+        metavar="KEY",
+        help="remove these stores, or all; a server that has attached one keeps it",
+    )
+    listing.add_argument("--json", action="store_true", help="a list of objects, for programs")
+    listing.set_defaults(run=_stores, about="directory")
+    plan.set_defaults(about="model_tag", run=_plan, load_format="dummy", skip_tokenizer_init=True)
     return parser
 
 
@@ -125,6 +142,20 @@ def _plan(arguments: argparse.Namespace) -> None:
         print(json.dumps([plan.as_dict() for plan in plans.values()], indent=2))
     else:
         _print(planner, list(plans.values()), auto)
+
+
+def _stores(arguments: argparse.Namespace) -> None:
+    if not arguments.directory.is_dir():
+        raise MoEPrefetchError("no such directory")
+    if arguments.remove is not None:
+        for key in remove(arguments.directory, arguments.remove):
+            print(f"removed {key}")
+    listings = stores(arguments.directory)
+    if arguments.json:
+        print(json.dumps([listing.model_dump() for listing in listings], indent=2))
+        return
+    for listing in listings:
+        print(f"{listing.key}  {listing.state:10}  {gib(listing.num_bytes):>12}  {listing.model}")
 
 
 def _auto(planner: MemoryPlanner) -> int | None:
@@ -178,6 +209,7 @@ def main() -> None:
     try:
         arguments.run(arguments)
     except (MoEPrefetchError, ValueError, OSError) as error:
+        about = getattr(arguments, arguments.about)
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        print(f"vllm-moe-prefetch: error: {arguments.model_tag}: {reason}", file=sys.stderr)
+        print(f"vllm-moe-prefetch: error: {about}: {reason}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -2,50 +2,81 @@
 """After loading: says what was decided; refuses a model whose experts slipped past the slots."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
 
+from vllm.model_executor.layers.fused_moe.expert_slots.checkpoint_identity import (
+    checkpoint_directory,
+    store_identity,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.load_coverage import check_all
+from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import (
+    GIB,
+    resident_sequences,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.routed_experts import ExpertSlotsMixin
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import (
+    SharedStore,
+    loading_into,
+    shared_store,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.streaming import reading_in_windows
 from vllm.plugins.moe_gpu_prefetch.layers import install_for_transformers_backend
 
 logger = init_logger(__name__)
 
-_GIB = 1 << 30
 _resets_after_warm_up = False
 
 
-def resident_sequences(num_experts: int, top_k: int, slots: int) -> int:
-    """Sequences that may decode together before their experts outgrow the slots.
+def slotted_layers(model: torch.nn.Module) -> list[Any]:
+    """The MoE layers of a loaded model that got slots."""
+    return [module for module in model.modules() if getattr(module, "slots", None) is not None]
 
-    A batch of b needs `E * (1 - (1 - k / E) ** b)` distinct experts if routing is uniform; real
-    routing is more local, so this is the low end.
-    """
-    batch = 1
-    while num_experts * (1 - (1 - top_k / num_experts) ** (batch + 1)) <= slots:
-        batch += 1
-    return batch
+
+@contextmanager
+def _store_for(
+    loader: BaseModelLoader, vllm_config: Any, model_config: Any, config: MoEPrefetchConfig
+) -> Iterator[SharedStore | None]:
+    """The shared store of this model and rank, for the time of loading, if one was asked for."""
+    if config.shared_store is None or not model_config.is_moe:
+        yield None
+        return
+    loader.download_model(model_config)
+    directory = checkpoint_directory(vllm_config, model_config)
+    if directory is None:
+        raise MoEPrefetchError(
+            f"--moe-gpu-prefetch-config.shared_store: the files of {model_config.model} are not on "
+            "this machine, so that a store of them could not be told from another. Give the "
+            "model's directory, or serve without a shared store."
+        )
+    rank = get_world_group().rank
+    identity = store_identity(vllm_config, model_config, directory, rank)
+    with shared_store(Path(config.shared_store), identity) as store:
+        yield store
 
 
 def report(model: torch.nn.Module, config: MoEPrefetchConfig, model_config: Any) -> None:
     """Checks a loaded model and logs the one line that says what its slots cost.
 
     Raises:
-        MoEPrefetchError: the checkpoint did not bring every expert, or the slots did not reach
-            every layer.
+        MoEPrefetchError: the slots did not reach every layer.
     """
     layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
     missed = [layer for layer in layers if not isinstance(layer, ExpertSlotsMixin)]
-    slotted = [layer for layer in layers if getattr(layer, "slots", None) is not None]
+    slotted = slotted_layers(model)
     if missed:
         raise MoEPrefetchError(
             f"--moe-gpu-prefetch {config.slots}: {len(missed)} of {len(layers)} MoE layers of "
@@ -53,7 +84,6 @@ def report(model: torch.nn.Module, config: MoEPrefetchConfig, model_config: Any)
             f"{missed[0].layer_name} is run by a class of the model's own around "
             f"{type(missed[0]).__name__}. Serve it without --moe-gpu-prefetch."
         )
-    check_all([layer.load_coverage for layer in slotted])
     if slotted:
         first = slotted[0]
         logger.info(
@@ -65,9 +95,9 @@ def report(model: torch.nn.Module, config: MoEPrefetchConfig, model_config: Any)
             first.top_k,
             first.num_slots,
             config.policy,
-            sum(layer.slots.buffers.num_bytes for layer in slotted) / _GIB,
+            sum(layer.slots.buffers.num_bytes for layer in slotted) / GIB,
             first.moe_config.device,
-            sum(layer.slots.store.num_bytes for layer in slotted) / _GIB,
+            sum(layer.slots.store.num_bytes for layer in slotted) / GIB,
             first.slots.store.bytes_per_expert,
             resident_sequences(first.local_num_experts, first.top_k, first.num_slots),
         )
@@ -98,7 +128,11 @@ def install() -> None:
             return load_model(self, vllm_config, model_config, *args, **kwargs)
         if model_config.using_transformers_backend():
             install_for_transformers_backend()
-        model = load_model(self, vllm_config, model_config, *args, **kwargs)
+        with reading_in_windows(), _store_for(self, vllm_config, model_config, config) as store:
+            with loading_into(store):
+                model = load_model(self, vllm_config, model_config, *args, **kwargs)
+            # Before the store is completed: an incomplete checkpoint must not become one.
+            check_all([layer.load_coverage for layer in slotted_layers(model)])
         report(model, config, model_config)
         if current_platform.is_cuda():
             reset_after_warm_up()

@@ -3,11 +3,17 @@
 says what was decided, before a weight is read."""
 
 import math
+import os
+from pathlib import Path
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from vllm.model_executor.layers.fused_moe.expert_slots.checkpoint_identity import (
+    checkpoint_directory,
+    store_identity,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     SLOTS_KEY,
     MoEPrefetchConfig,
@@ -21,6 +27,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import (
     distinct_experts,
     gib,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import make_place, present
 
 logger = init_logger(__name__)
 
@@ -57,11 +64,12 @@ def limits_of(
     if share < 1:
         gpu_limit += f" (--gpu-memory-utilization {share:g} of {gib(total)})"
     here = host_memory()
+    stores_present = gpu_memory is None and _stores_present(vllm_config, config)
     return Limits(
         gpu_bytes=int(total * share),
         gpu_limit=gpu_limit,
         kv_cache_bytes=kv_cache_bytes,
-        host=here if gpu_memory is None else None,
+        host=here if gpu_memory is None and not stores_present else None,
         host_reserve=here.reserve(config.host_memory_reserve),
         ranks_per_host=max(1, parallel.world_size // parallel.nnodes),
         host_is_device=gpu_memory is None and current_platform.is_cpu(),
@@ -70,6 +78,39 @@ def limits_of(
         shortens=vllm_config.model_config.original_max_model_len == -1,
         rows_per_sequence=1 + (speculation.num_speculative_tokens if speculation else 0),
     )
+
+
+def _stores_present(vllm_config: VllmConfig, config: MoEPrefetchConfig) -> bool:
+    """Whether the shared stores of all ranks lie in memory already, so that none is to be had."""
+    directory = checkpoint_directory(vllm_config, vllm_config.model_config)
+    if config.shared_store is None or directory is None:
+        return False
+    return all(
+        present(
+            Path(config.shared_store),
+            store_identity(vllm_config, vllm_config.model_config, directory, rank),
+        )
+        for rank in range(vllm_config.parallel_config.world_size)
+    )
+
+
+def _refuse_a_full_place(config: MoEPrefetchConfig, planner: MemoryPlanner, slots: int) -> None:
+    """Raises:
+    MoEPrefetchError: the directory of the shared store has no room for it.
+    """
+    needed = planner.plan(slots).host_bytes
+    if config.shared_store is None or planner.limits.host is None or not needed:
+        return
+    make_place(Path(config.shared_store))
+    status = os.statvfs(config.shared_store)
+    free = status.f_bavail * status.f_frsize
+    if needed > free:
+        raise MoEPrefetchError(
+            f"--moe-gpu-prefetch-config.shared_store {config.shared_store} has room for "
+            f"{gib(free)}, the experts take {gib(needed)}. Give it more (mount -o "
+            "remount,size=..., or --shm-size in a container), remove old stores with "
+            f"vllm-moe-prefetch stores {config.shared_store} --remove, or serve without it."
+        )
 
 
 def settle(vllm_config: VllmConfig) -> None:
@@ -92,6 +133,7 @@ def settle(vllm_config: VllmConfig) -> None:
         return
     slots = planner.auto() if config.slots == "auto" else config.slots
     planner.refuse(slots, config.slots)
+    _refuse_a_full_place(config, planner, slots)
     vllm_config.additional_config = {**vllm_config.additional_config, SLOTS_KEY: slots}
     _log(planner, slots, config)
 

@@ -36,6 +36,11 @@ class MoEPrefetchConfig:
     """GiB of host memory that the experts must leave available, else the start is refused. Not
     given: 8 GiB or a tenth of the memory, whichever is more."""
 
+    shared_store: str | None = None
+    """A directory in shared memory, for example /dev/shm/expert-stores, where the experts of a
+    checkpoint are kept once for all servers of this machine and for the next start. Not given:
+    every server has its own copy."""
+
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> "MoEPrefetchConfig | None":
         """Reads the request out of `VllmConfig.additional_config`.

@@ -31,9 +31,9 @@ class ExpertStore:
 
 
 def per_expert_parameters(
-    layer: torch.nn.Module, num_experts: int
+    layer: torch.nn.Module, num_experts: int, only: set[str] | None = None
 ) -> dict[str, torch.nn.Parameter]:
-    """The layer's parameters that hold one row per expert, after the weights were processed.
+    """The layer's parameters that hold one row per expert, `only` those named if given.
 
     Raises:
         MoEPrefetchError: the quantisation config holds per-expert tensors that are not parameters
@@ -45,6 +45,7 @@ def per_expert_parameters(
         if parameter.dim() > 0
         and parameter.shape[0] == num_experts
         and name not in _SHARED_BY_ALL_EXPERTS
+        and (only is None or name in only)
     }
     storages = {p.untyped_storage().data_ptr() for p in parameters.values()}
     identities = {id(p) for p in parameters.values()}

@@ -15,7 +15,11 @@ _OWN_PAGES = 64 << 20
 """From this size on, the C library gives an allocation pages of its own (its limit is 32 MiB)."""
 
 
-def pin(tensor: torch.Tensor) -> None:
+_READ_ONLY = 8
+"""cudaHostRegisterReadOnly: pages that are mapped read-only are refused without it."""
+
+
+def pin(tensor: torch.Tensor, read_only: bool = False) -> None:
     """Page-locks the bytes of `tensor` (CPU, contiguous) for the life of the process. No other
     pinned tensor may share a page with it.
 
@@ -23,7 +27,9 @@ def pin(tensor: torch.Tensor) -> None:
         MoEPrefetchError: the driver refuses; says how much was asked for.
     """
     size = tensor.numel() * tensor.element_size()
-    status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size, 0)
+    status = torch.cuda.cudart().cudaHostRegister(
+        tensor.data_ptr(), size, _READ_ONLY if read_only else 0
+    )
     if int(status) != 0:
         raise MoEPrefetchError(
             f"the driver could not pin {size:,} bytes of host memory (cudaHostRegister: error "

@@ -30,7 +30,9 @@ from vllm.model_executor.layers.fused_moe.expert_slots.host_store import (
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.load_coverage import LoadCoverage
 from vllm.model_executor.layers.fused_moe.expert_slots.manager import ExpertSlotManager
-from vllm.model_executor.layers.fused_moe.expert_slots.pinning import pinned
+from vllm.model_executor.layers.fused_moe.expert_slots.pinning import pin, pinned
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import SharedStore
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import current as shared_store
 from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
 
 logger = init_logger(__name__)
@@ -62,6 +64,7 @@ class ExpertSlotsMixin(_Layer):
 
     slots: "ExpertSlotManager | DeviceSlotManager | None" = None
     load_coverage: LoadCoverage | None = None
+    shared_store: SharedStore | None = None
 
     def adopt_expert_slots(self) -> None:
         """Arms a layer that stock code has just constructed; its weights are still empty.
@@ -96,6 +99,7 @@ class ExpertSlotsMixin(_Layer):
             return
         self._refuse_unless_slottable()
         self.load_coverage = LoadCoverage(self, get_current_vllm_config().load_config.load_format)
+        self.shared_store = shared_store()
         if current_platform.is_cuda():
             from vllm.model_executor.layers.fused_moe.expert_slots.experts import (
                 SlottedTritonExperts,
@@ -147,17 +151,25 @@ class ExpertSlotsMixin(_Layer):
                 f"{self.layer_name}: weights cannot be reloaded into expert slots; restart the "
                 "engine to serve other weights."
             )
-        loaded = super().weight_loader(param, *args, **kwargs)
+        loaded = True
+        if self.shared_store is None or not self.shared_store.ready:
+            loaded = super().weight_loader(param, *args, **kwargs)
         if self.load_coverage is not None:
             self.load_coverage.record(param, *args, **kwargs)
         return loaded
 
     def _process_then_make_slots(self, layer: torch.nn.Module) -> None:
         assert self.slots_config is not None
-        self._process_weights(layer)
         parameters = per_expert_parameters(layer, self.local_num_experts)
-        home = pinned if current_platform.is_cuda() else lambda tensor: tensor
-        store = ExpertStore({name: home(p.data) for name, p in parameters.items()})
+        attached = self.shared_store is not None and self.shared_store.ready
+        if attached:
+            # The store holds processed experts; stock's processing, on one, builds the kernel.
+            for parameter in parameters.values():
+                parameter.data = parameter.data[:1].clone()
+        self._process_weights(layer)
+        rows = 1 if attached else self.local_num_experts
+        parameters = per_expert_parameters(layer, rows, only=set(parameters))
+        store = ExpertStore(self._home({name: p.data for name, p in parameters.items()}))
         buffers = SlotBuffers(parameters, store, self.num_slots, self.moe_config.device)
         manager = manager_class()(
             self.slots_config, buffers, self.layer_name, get_world_group().rank
@@ -165,6 +177,28 @@ class ExpertSlotsMixin(_Layer):
         if current_platform.is_cuda():
             self.quant_method.moe_kernel.fused_experts.slots = manager
         self.slots = manager
+        self.shared_store = None
+
+    def _home(self, processed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The experts in the memory where they stay: the shared store, or this process's own."""
+        cuda = current_platform.is_cuda()
+        if self.shared_store is None:
+            return {name: pinned(t) if cuda else t for name, t in processed.items()}
+        if self.shared_store.ready:
+            tensors = self.shared_store.attach(self.layer_name)
+            for name, row in processed.items():
+                if tensors[name].shape[1:] != row.shape[1:] or tensors[name].dtype != row.dtype:
+                    raise MoEPrefetchError(
+                        f"the shared store holds {self.layer_name}.{name} as rows of "
+                        f"{tuple(tensors[name].shape[1:])} {tensors[name].dtype}, this model needs "
+                        f"{tuple(row.shape[1:])} {row.dtype}. Remove it with vllm-moe-prefetch "
+                        "stores DIRECTORY --remove."
+                    )
+        else:
+            tensors = self.shared_store.add(self.layer_name, processed)
+        for tensor in tensors.values() if cuda else ():
+            pin(tensor, read_only=True)
+        return tensors
 
     def forward_modular(
         self,

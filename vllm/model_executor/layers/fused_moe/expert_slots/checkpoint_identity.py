@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes two host stores the same: the checkpoint, the layout of a rank, and the versions of
+what turned one into the other."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from vllm.config import ModelConfig, VllmConfig
+from vllm.platforms import current_platform
+
+import vllm
+
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
+
+
+def checkpoint_directory(vllm_config: VllmConfig, model_config: ModelConfig) -> Path | None:
+    """Where a model's files lie on this machine; None if they are not here (yet)."""
+    directory = Path(model_config.model)
+    if directory.is_dir():
+        return directory
+    try:
+        return Path(
+            snapshot_download(
+                model_config.model,
+                revision=model_config.revision,
+                cache_dir=vllm_config.load_config.download_dir,
+                local_files_only=True,
+            )
+        )
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
+        return None
+
+
+def store_identity(
+    vllm_config: VllmConfig, model_config: ModelConfig, directory: Path, rank: int
+) -> dict[str, Any]:
+    """Everything that the bytes of one rank's host store follow from, as JSON.
+
+    A weight file counts by name, size and time of its last change; every other file of the
+    checkpoint's configuration by its content.
+    """
+    parallel = vllm_config.parallel_config
+    weights, configuration = [], blake3()
+    for path in sorted(directory.iterdir()):
+        if path.suffix in _WEIGHTS:
+            status = path.stat()
+            weights.append([path.name, status.st_size, status.st_mtime_ns])
+        elif path.suffix == ".json":
+            configuration.update(path.name.encode() + path.read_bytes())
+    return {
+        "model": model_config.model,
+        "weights": weights,
+        "configuration": configuration.hexdigest(),
+        "settings": model_config.compute_hash(),
+        "dtype": str(model_config.dtype),
+        "load_format": str(vllm_config.load_config.load_format),
+        "rank": rank,
+        "tensor_parallel_size": parallel.tensor_parallel_size,
+        "pipeline_parallel_size": parallel.pipeline_parallel_size,
+        "platform": f"{current_platform.device_name} {torch.backends.cpu.get_cpu_capability()}",
+        "moe_backend": str(vllm_config.kernel_config.moe_backend),
+        "versions": {
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+            "vllm-moe-gpu-prefetch": version("vllm-moe-gpu-prefetch"),
+        },
+    }

@@ -1,0 +1,469 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host stores in shared memory: one copy of a checkpoint's experts for every server on a machine,
+and for the next start.
+
+A store is a directory named by its key, with the experts' bytes in one file and a manifest that
+says what they are. One process builds it under another name while it holds the key's lock, and
+renames it when it is complete; all map it read-only. A lock dies with its holder, so that a build
+killed at any moment leaves nothing but a directory that the next builder removes.
+"""
+
+import fcntl
+import json
+import mmap
+import os
+import shutil
+import stat
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from blake3 import blake3
+from pydantic import BaseModel, ConfigDict, ValidationError
+from vllm.logger import init_logger
+
+from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+
+logger = init_logger(__name__)
+
+FORMAT = 1
+_ALIGNMENT = 1 << 16
+"""Every tensor starts on a page of its own, whatever the page size."""
+
+_DATA, _MANIFEST = "experts.bin", "manifest.json"
+_BUILDING, _LOCK = ".building", ".lock"
+_WAIT_S = 0.1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StoredTensor(_Strict):
+    """Where one per-expert tensor of one layer lies, and what its bytes are."""
+
+    layer: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    digest: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.torch_dtype.itemsize
+
+
+class Manifest(_Strict):
+    """What a complete store holds: of which checkpoint, in which layout, by which versions."""
+
+    format: Literal[1]
+    identity: dict[str, Any]
+    num_bytes: int
+    tensors: list[StoredTensor]
+
+
+def key_of(identity: dict[str, Any]) -> str:
+    """The name of the store for `identity`."""
+    text = json.dumps(identity, sort_keys=True)
+    return blake3(text.encode()).hexdigest(length=16)
+
+
+class SharedStore:
+    """The experts of one model and rank in shared memory, while they are loaded.
+
+    Attributes:
+        ready: the store is complete: layers are mapped from it and need not be loaded. Otherwise
+            this process builds it.
+    """
+
+    def __init__(self, place: Path, identity: dict[str, Any], lock: int, data: int, tensors: Any):
+        self._place, self._identity = place, identity
+        self._lock, self._data = lock, data
+        self._tensors: list[StoredTensor] = tensors or []
+        self._end = 0
+        self.ready = tensors is not None
+
+    def attach(self, layer: str) -> dict[str, torch.Tensor]:
+        """A layer's tensors, [E, ...] each, mapped read-only."""
+        mapped = {t.name: self._map(t) for t in self._tensors if t.layer == layer}
+        if not mapped:
+            raise MoEPrefetchError(
+                f"the shared store under {self._place} has no layer {layer}. Remove it with "
+                f"vllm-moe-prefetch stores {self._place} --remove {key_of(self._identity)}."
+            )
+        return mapped
+
+    def add(self, layer: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Writes a layer's tensors into the store that is being built.
+
+        Returns:
+            The same tensors, mapped read-only from the store.
+
+        Raises:
+            MoEPrefetchError: the place is full.
+        """
+        for name, tensor in tensors.items():
+            content = tensor.contiguous().view(torch.uint8).view(-1).numpy()
+            entry = StoredTensor(
+                layer=layer,
+                name=name,
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                shape=tuple(tensor.shape),
+                offset=self._end,
+                digest=_digest(memoryview(content)),
+            )
+            self._write(memoryview(content), entry.offset)
+            self._end += -(-entry.num_bytes // _ALIGNMENT) * _ALIGNMENT
+            os.ftruncate(self._data, self._end)
+            self._tensors.append(entry)
+        return self.attach(layer)
+
+    def _write(self, content: memoryview, offset: int) -> None:
+        written = 0
+        try:
+            while written < len(content):
+                written += os.pwrite(self._data, content[written:], offset + written)
+        except OSError as error:
+            raise MoEPrefetchError(
+                f"--moe-gpu-prefetch-config.shared_store {self._place}: {error.strerror} after "
+                f"{offset + written:,} bytes. Give it more room (mount -o remount,size=..., or "
+                "--shm-size in a container), or serve without a shared store."
+            ) from None
+
+    def _map(self, tensor: StoredTensor) -> torch.Tensor:
+        pages = mmap.mmap(
+            self._data,
+            tensor.num_bytes,
+            flags=mmap.MAP_SHARED,
+            prot=mmap.PROT_READ,
+            offset=tensor.offset,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch has no read-only tensors; a write would fault
+            flat = torch.frombuffer(pages, dtype=tensor.torch_dtype)
+        return flat.view(tensor.shape)
+
+    def _finish(self) -> None:
+        """Makes the store visible, complete as it is."""
+        key = key_of(self._identity)
+        building = self._place / f"{key}{_BUILDING}"
+        manifest = Manifest(
+            format=FORMAT, identity=self._identity, num_bytes=self._end, tensors=self._tensors
+        )
+        os.fsync(self._data)
+        descriptor = _create(building / _MANIFEST)
+        os.write(descriptor, manifest.model_dump_json().encode())
+        os.fsync(descriptor)
+        os.close(descriptor)
+        building.rename(self._place / key)
+        logger.info("Shared expert store %s is complete: %d bytes.", key, self._end)
+
+    def _close(self, complete: bool) -> None:
+        try:
+            if not self.ready:
+                if complete:
+                    self._finish()
+                else:
+                    shutil.rmtree(
+                        self._place / f"{key_of(self._identity)}{_BUILDING}", ignore_errors=True
+                    )
+        finally:
+            os.close(self._data)
+            os.close(self._lock)
+
+
+@contextmanager
+def shared_store(place: Path, identity: dict[str, Any]) -> Iterator[SharedStore]:
+    """The store of `identity` under `place`, for the time of loading: attached if it is complete,
+    else built by this process, after waiting for any other that builds it. What was mapped stays
+    mapped.
+
+    Raises:
+        MoEPrefetchError: the place, or what lies there, is not this user's alone.
+    """
+    store = _open(place, identity)
+    try:
+        yield store
+    except BaseException:
+        store._close(complete=False)
+        raise
+    store._close(complete=True)
+
+
+def present(place: Path, identity: dict[str, Any]) -> bool:
+    """Whether a complete store lies there; it is not verified."""
+    return (place / key_of(identity) / _MANIFEST).exists()
+
+
+def _open(place: Path, identity: dict[str, Any]) -> SharedStore:
+    make_place(place)
+    key = key_of(identity)
+    while True:
+        lock = _locked(place, key, fcntl.LOCK_SH)
+        begin = time.perf_counter()
+        found = _verified(place / key, identity)
+        if isinstance(found, tuple):
+            data, manifest = found
+            logger.info(
+                "Shared expert store %s: attached, %d bytes verified in %.2f s.",
+                key,
+                manifest.num_bytes,
+                time.perf_counter() - begin,
+            )
+            return SharedStore(place, identity, lock, data, manifest.tensors)
+        os.close(lock)
+        lock = _locked(place, key, fcntl.LOCK_EX)
+        if isinstance(_verified(place / key, identity), tuple):
+            os.close(lock)  # another process was faster
+            continue
+        if found is not None:
+            logger.warning("Shared expert store %s is rebuilt: %s.", key, found)
+        for leftover in (place / key, place / f"{key}{_BUILDING}"):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        building = place / f"{key}{_BUILDING}"
+        building.mkdir(mode=0o700)
+        return SharedStore(place, identity, lock, _create(building / _DATA), None)
+
+
+def make_place(place: Path) -> None:
+    """Makes the directory of the stores, for its owner alone.
+
+    Raises:
+        MoEPrefetchError: it is no directory, or others could change what lies in it.
+    """
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = place.stat(follow_symlinks=False)
+    except OSError as error:
+        raise _refused(place, f"cannot be made: {error.strerror}") from None
+    if not stat.S_ISDIR(status.st_mode):
+        raise _refused(place, "is not a directory")
+    others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if status.st_uid != os.geteuid() and not status.st_mode & stat.S_ISVTX:
+        raise _refused(place, f"belongs to user {status.st_uid}")
+    if others_write and not status.st_mode & stat.S_ISVTX:
+        raise _refused(place, "can be written by others (chmod 700 it)")
+
+
+def _refused(path: Path, reason: str) -> MoEPrefetchError:
+    return MoEPrefetchError(
+        f"--moe-gpu-prefetch-config.shared_store: {path} {reason}. Name a directory of your own, "
+        "for example /dev/shm/expert-stores."
+    )
+
+
+def _locked(place: Path, key: str, mode: int) -> int:
+    """A descriptor of the key's lock file, locked; its lock ends with it or with the process."""
+    path = place / f"{key}{_LOCK}"
+    waiting = False
+    while True:
+        lock = _checked(path, os.O_RDWR | os.O_CREAT)
+        try:
+            while True:
+                try:
+                    fcntl.flock(lock, mode | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not waiting:
+                        logger.info("Waiting for the process that builds expert store %s.", key)
+                        waiting = True
+                    time.sleep(_WAIT_S)
+            # Whoever removes a store removes its lock file too: then this lock is nobody's.
+            if _same_file(lock, path):
+                return lock
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat(follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _create(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _checked(path: Path, flags: int) -> int:
+    """Opens a file that must be a plain one of this user, closed to others.
+
+    Raises:
+        MoEPrefetchError: it is not.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise _refused(path, f"is not a plain file of this user: {error.strerror}") from None
+    status = os.fstat(descriptor)
+    closed = not status.st_mode & 0o077
+    if not (stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and closed):
+        os.close(descriptor)
+        raise _refused(path, "is not a plain file of this user alone (mode 0600)")
+    return descriptor
+
+
+def _verified(directory: Path, identity: dict[str, Any]) -> tuple[int, Manifest] | str | None:
+    """The data of a complete store and its manifest; why it cannot be used; None if there is none.
+
+    Raises:
+        MoEPrefetchError: it is not this user's alone.
+    """
+    try:
+        status = directory.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    own = status.st_uid == os.geteuid() and not status.st_mode & 0o077
+    if not (stat.S_ISDIR(status.st_mode) and own):
+        raise _refused(directory, "is not a directory of this user alone (mode 0700)")
+    try:
+        descriptor = _checked(directory / _MANIFEST, os.O_RDONLY)
+        data = None
+        try:
+            with open(descriptor, "rb") as file:
+                manifest = Manifest.model_validate_json(file.read())
+            data = _checked(directory / _DATA, os.O_RDONLY)
+            reason = _difference(manifest, identity, data)
+        except ValidationError as error:
+            reason = f"its manifest is damaged ({error.error_count()} errors)"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    if reason is None and data is not None:
+        return data, manifest
+    if data is not None:
+        os.close(data)
+    return reason
+
+
+def _difference(manifest: Manifest, identity: dict[str, Any], data: int) -> str | None:
+    """What is wrong with a store's bytes, or None."""
+    if manifest.identity != identity:
+        return "it holds another model"
+    size = os.fstat(data).st_size
+    if size != manifest.num_bytes:
+        return f"it has {size:,} bytes instead of {manifest.num_bytes:,}"
+    with mmap.mmap(data, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ) as pages:
+        content = memoryview(pages)
+        try:
+            for tensor in manifest.tensors:
+                end = tensor.offset + tensor.num_bytes
+                if end > size or _digest(content[tensor.offset : end]) != tensor.digest:
+                    return f"the bytes of {tensor.layer}.{tensor.name} are not those written"
+        finally:
+            content.release()
+    return None
+
+
+def _digest(content: memoryview) -> str:
+    return blake3(max_threads=blake3.AUTO).update(content).hexdigest()
+
+
+class StoreListing(_Strict):
+    """A store as `vllm-moe-prefetch stores` shows it."""
+
+    key: str
+    state: Literal["complete", "unfinished", "in use"]
+    num_bytes: int
+    model: str
+
+
+def stores(place: Path) -> list[StoreListing]:
+    """The stores under `place`, complete ones and what killed builds left."""
+    make_place(place)
+    listings = []
+    for path in sorted(place.iterdir()):
+        key = path.name.removesuffix(_BUILDING)
+        if not _is_key(key) or path.is_symlink() or not path.is_dir():
+            continue
+        state, model = "complete", "?"
+        try:
+            identity = Manifest.model_validate_json((path / _MANIFEST).read_bytes()).identity
+            model = str(identity.get("model", "?"))
+        except (OSError, ValidationError):
+            state = "unfinished"
+        with _nobody_else(place, key) as alone:
+            if not alone:
+                state = "in use"
+        data = path / _DATA
+        num_bytes = data.stat().st_size if data.exists() else 0
+        listings.append(
+            StoreListing(key=key, state=state, num_bytes=num_bytes, model=model)  # type: ignore[arg-type]
+        )
+    return listings
+
+
+def remove(place: Path, keys: Sequence[str]) -> list[str]:
+    """Removes stores, or all if `keys` is empty. Servers that have mapped one keep it.
+
+    Returns:
+        The keys that were removed; the others are being built or attached right now.
+    """
+    make_place(place)
+    wanted = set(keys) or {
+        name
+        for path in place.iterdir()
+        if _is_key(name := path.name.removesuffix(_BUILDING).removesuffix(_LOCK))
+    }
+    removed = []
+    for key in sorted(wanted):
+        if not _is_key(key):
+            raise MoEPrefetchError(f"{key!r} is not the key of a store under {place}")
+        with _nobody_else(place, key) as alone:
+            if alone:
+                shutil.rmtree(place / key, ignore_errors=True)
+                shutil.rmtree(place / f"{key}{_BUILDING}", ignore_errors=True)
+                (place / f"{key}{_LOCK}").unlink(missing_ok=True)
+                removed.append(key)
+    return removed
+
+
+def _is_key(name: str) -> bool:
+    return len(name) == 32 and all(character in "0123456789abcdef" for character in name)
+
+
+@contextmanager
+def _nobody_else(place: Path, key: str) -> Iterator[bool]:
+    """Whether nobody builds or attaches this store; nobody can while this lasts."""
+    lock = _checked(place / f"{key}{_LOCK}", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+    else:
+        yield True
+    finally:
+        os.close(lock)
+
+
+_current: SharedStore | None = None
+
+
+@contextmanager
+def loading_into(store: SharedStore | None) -> Iterator[None]:
+    """Within, layers that are built and loaded use `store`."""
+    global _current
+    before, _current = _current, store
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def current() -> SharedStore | None:
+    """The store that the model being loaded uses, if any."""
+    return _current
