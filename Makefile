@@ -9,7 +9,7 @@ LOG := $(VENV)/setup.log
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup install demo test test-engine test-kernels bench lint
+.PHONY: setup install demo test test-engine test-kernels test-memory bench lint
 setup: $(READY)
 
 $(READY): setup.py pyproject.toml tests/cpu_platform/pyproject.toml tests/cpu_platform/requirements.py
@@ -37,12 +37,16 @@ install:
 demo: $(READY)
 	@$(BIN)/python benchmarks/demo.py
 
-# The kernels run in Triton's interpreter, in a process of their own beside the engine's tests.
+# The kernels run in Triton's interpreter, in a process of their own beside the engine's tests; the
+# tests of memory follow them.
 test: $(READY)
-	@$(MAKE) --no-print-directory -j2 --output-sync=target test-engine test-kernels
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-engine test-kernels test-memory
 
 test-engine: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/memory
+
+test-memory: $(READY)
+	$(BIN)/python -m pytest tests/memory
 
 test-kernels: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels

@@ -11,6 +11,8 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 PROMPTS = ["The licence grants", "You may reproduce and distribute copies of the Work " * 12, "a"]
 """The long one needs every expert of the sample, in several chunks of the prefill."""
 
+OPTIONS = ("policy", "lfu_half_life", "host_memory_reserve", "shared_store")
+
 Outputs = list[tuple[list[int], list[dict[int, float]]]]
 
 
@@ -28,14 +30,16 @@ class Run:
 
 
 def start(checkpoint: Path, **arguments: Any) -> Any:
-    """A small engine; slots=N and policy=P stand for our keys of additional_config."""
+    """A small engine; slots=N and the names of `OPTIONS` stand for our keys of
+    additional_config."""
     from vllm import LLM
 
-    slots, policy = arguments.pop("slots", None), arguments.pop("policy", "lru")
+    slots = arguments.pop("slots", None)
+    options = {name: arguments.pop(name) for name in OPTIONS if name in arguments}
     if slots is not None:
         arguments["additional_config"] = {
             "moe_gpu_prefetch": slots,
-            "moe_gpu_prefetch_config": {"policy": policy},
+            "moe_gpu_prefetch_config": options,
         }
     defaults = {"max_model_len": 512, "max_num_batched_tokens": 128, "enforce_eager": True}
     return LLM(str(checkpoint), **(defaults | arguments))

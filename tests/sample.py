@@ -3,10 +3,13 @@
 a chat template. No network."""
 
 import argparse
+import json
+import re
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     DbrxConfig,
@@ -86,10 +89,11 @@ def make_checkpoint(
     layers: int = 4,
     expert_width: int = 64,
     vocabulary: int = 1024,
+    hidden: int = 128,
 ) -> Path:
     """A Qwen3-MoE."""
     config = Qwen3MoeConfig(
-        **(COMMON | {"vocab_size": vocabulary}),
+        **(COMMON | {"vocab_size": vocabulary, "hidden_size": hidden}),
         intermediate_size=256,
         moe_intermediate_size=expert_width,
         num_hidden_layers=layers,
@@ -99,6 +103,63 @@ def make_checkpoint(
         norm_topk_prob=True,
     )
     return _write(directory, Qwen3MoeForCausalLM, config)
+
+
+def make_large(directory: Path, layers: int = 24) -> Path:
+    """A Qwen3-MoE of 96 MiB of experts a layer, in one file: 64 experts top-2, random weights.
+
+    Written tensor by tensor, as a model in memory would take twice its size.
+    """
+    if directory.exists():
+        return directory
+    small = make_checkpoint(
+        directory.with_name(f"{directory.name}.small"),
+        experts=2,
+        top_k=2,
+        layers=layers,
+        expert_width=8,
+        hidden=512,
+    )
+    config = Qwen3MoeConfig.from_pretrained(small)
+    config.num_experts, config.moe_intermediate_size = 64, 512
+    tensors = load_file(small / "model.safetensors")
+    expert = re.compile(r"(model\.layers\.\d+\.mlp)\.experts\.0\.down_proj\.weight")
+    pool = torch.empty(1 << 25, dtype=torch.bfloat16).normal_(std=0.1)
+    place = 0
+    for name in [name for name in tensors if expert.fullmatch(name)]:
+        mlp = expert.fullmatch(name)[1]  # type: ignore[index]
+        tensors[f"{mlp}.gate.weight"] = torch.randn(64, 512, dtype=torch.bfloat16)
+        for part in ("gate", "up", "down"):
+            for number in range(64):
+                begin = place % (len(pool) - 512 * 512)
+                row = pool[begin : begin + 512 * 512].view(512, 512)
+                tensors[f"{mlp}.experts.{number}.{part}_proj.weight"] = row
+                place += 4099
+    unfinished = directory.with_name(f"{directory.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(small, unfinished)
+    save_shared(tensors, unfinished / "model.safetensors")
+    config.save_pretrained(unfinished)
+    unfinished.rename(directory)
+    return directory
+
+
+def save_shared(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes a safetensors file of tensors that may share memory, without a copy of them all."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.nbytes],
+        }
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().view(torch.uint8).numpy())
 
 
 def make_dense(directory: Path) -> Path:

@@ -3,7 +3,7 @@
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +128,9 @@ def install() -> None:
             return load_model(self, vllm_config, model_config, *args, **kwargs)
         if model_config.using_transformers_backend():
             install_for_transformers_backend()
-        with reading_in_windows(), _store_for(self, vllm_config, model_config, config) as store:
-            with loading_into(store):
+        with _store_for(self, vllm_config, model_config, config) as store:
+            attached = store is not None and store.ready
+            with loading_into(store), nullcontext() if attached else reading_in_windows():
                 model = load_model(self, vllm_config, model_config, *args, **kwargs)
             # Before the store is completed: an incomplete checkpoint must not become one.
             check_all([layer.load_coverage for layer in slotted_layers(model)])

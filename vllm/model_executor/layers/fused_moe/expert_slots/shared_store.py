@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,16 +86,25 @@ class SharedStore:
             this process builds it.
     """
 
-    def __init__(self, place: Path, identity: dict[str, Any], lock: int, data: int, tensors: Any):
-        self._place, self._identity = place, identity
-        self._lock, self._data = lock, data
-        self._tensors: list[StoredTensor] = tensors or []
+    def __init__(
+        self, place: Path, identity: dict[str, Any], lock: int, complete: "_Complete | None" = None
+    ):
+        self._place, self._identity, self._lock = place, identity, lock
+        self.ready = complete is not None
+        self._building = place / f"{key_of(identity)}{_BUILDING}"
+        self._tensors: list[StoredTensor] = []
         self._end = 0
-        self.ready = tensors is not None
+        if complete is not None:
+            self._pages, self._tensors = complete.pages, complete.manifest.tensors
+        else:
+            self._building.mkdir(mode=0o700)
+            self._data = _create(self._building / _DATA)
 
     def attach(self, layer: str) -> dict[str, torch.Tensor]:
-        """A layer's tensors, [E, ...] each, mapped read-only."""
-        mapped = {t.name: self._map(t) for t in self._tensors if t.layer == layer}
+        """A layer's tensors of a complete store, [E, ...] each, mapped read-only."""
+        mapped = {
+            t.name: _tensor(self._pages, t, t.offset) for t in self._tensors if t.layer == layer
+        }
         if not mapped:
             raise MoEPrefetchError(
                 f"the shared store under {self._place} has no layer {layer}. Remove it with "
@@ -111,6 +121,7 @@ class SharedStore:
         Raises:
             MoEPrefetchError: the place is full.
         """
+        mapped = {}
         for name, tensor in tensors.items():
             content = tensor.contiguous().view(torch.uint8).view(-1).numpy()
             entry = StoredTensor(
@@ -125,7 +136,9 @@ class SharedStore:
             self._end += -(-entry.num_bytes // _ALIGNMENT) * _ALIGNMENT
             os.ftruncate(self._data, self._end)
             self._tensors.append(entry)
-        return self.attach(layer)
+            pages = _mapped(self._data, entry.num_bytes, entry.offset)
+            mapped[name] = _tensor(pages, entry, 0)
+        return mapped
 
     def _write(self, content: memoryview, offset: int) -> None:
         written = 0
@@ -139,45 +152,32 @@ class SharedStore:
                 "--shm-size in a container), or serve without a shared store."
             ) from None
 
-    def _map(self, tensor: StoredTensor) -> torch.Tensor:
-        pages = mmap.mmap(
-            self._data,
-            tensor.num_bytes,
-            flags=mmap.MAP_SHARED,
-            prot=mmap.PROT_READ,
-            offset=tensor.offset,
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch has no read-only tensors; a write would fault
-            flat = torch.frombuffer(pages, dtype=tensor.torch_dtype)
-        return flat.view(tensor.shape)
-
     def _finish(self) -> None:
         """Makes the store visible, complete as it is."""
-        key = key_of(self._identity)
-        building = self._place / f"{key}{_BUILDING}"
         manifest = Manifest(
             format=FORMAT, identity=self._identity, num_bytes=self._end, tensors=self._tensors
         )
         os.fsync(self._data)
-        descriptor = _create(building / _MANIFEST)
-        os.write(descriptor, manifest.model_dump_json().encode())
-        os.fsync(descriptor)
-        os.close(descriptor)
-        building.rename(self._place / key)
+        descriptor = _create(self._building / _MANIFEST)
+        with open(descriptor, "wb") as file:
+            file.write(manifest.model_dump_json().encode())
+            file.flush()
+            os.fsync(descriptor)
+        key = key_of(self._identity)
+        self._building.rename(self._place / key)
         logger.info("Shared expert store %s is complete: %d bytes.", key, self._end)
 
-    def _close(self, complete: bool) -> None:
+    def close(self, loaded: bool) -> None:
+        """Ends loading: what was built becomes visible if everything was `loaded`, else nothing."""
         try:
-            if not self.ready:
-                if complete:
-                    self._finish()
-                else:
-                    shutil.rmtree(
-                        self._place / f"{key_of(self._identity)}{_BUILDING}", ignore_errors=True
-                    )
-        finally:
+            if self.ready:
+                return
+            if loaded and self._tensors:
+                self._finish()
+            else:
+                shutil.rmtree(self._building, ignore_errors=True)
             os.close(self._data)
+        finally:
             os.close(self._lock)
 
 
@@ -194,9 +194,9 @@ def shared_store(place: Path, identity: dict[str, Any]) -> Iterator[SharedStore]
     try:
         yield store
     except BaseException:
-        store._close(complete=False)
+        store.close(loaded=False)
         raise
-    store._close(complete=True)
+    store.close(loaded=True)
 
 
 def present(place: Path, identity: dict[str, Any]) -> bool:
@@ -211,18 +211,17 @@ def _open(place: Path, identity: dict[str, Any]) -> SharedStore:
         lock = _locked(place, key, fcntl.LOCK_SH)
         begin = time.perf_counter()
         found = _verified(place / key, identity)
-        if isinstance(found, tuple):
-            data, manifest = found
+        if isinstance(found, _Complete):
             logger.info(
                 "Shared expert store %s: attached, %d bytes verified in %.2f s.",
                 key,
-                manifest.num_bytes,
+                found.manifest.num_bytes,
                 time.perf_counter() - begin,
             )
-            return SharedStore(place, identity, lock, data, manifest.tensors)
+            return SharedStore(place, identity, lock, found)
         os.close(lock)
         lock = _locked(place, key, fcntl.LOCK_EX)
-        if isinstance(_verified(place / key, identity), tuple):
+        if isinstance(_verified(place / key, identity), _Complete):
             os.close(lock)  # another process was faster
             continue
         if found is not None:
@@ -230,9 +229,7 @@ def _open(place: Path, identity: dict[str, Any]) -> SharedStore:
         for leftover in (place / key, place / f"{key}{_BUILDING}"):
             if leftover.exists():
                 shutil.rmtree(leftover)
-        building = place / f"{key}{_BUILDING}"
-        building.mkdir(mode=0o700)
-        return SharedStore(place, identity, lock, _create(building / _DATA), None)
+        return SharedStore(place, identity, lock)
 
 
 def make_place(place: Path) -> None:
@@ -318,8 +315,16 @@ def _checked(path: Path, flags: int) -> int:
     return descriptor
 
 
-def _verified(directory: Path, identity: dict[str, Any]) -> tuple[int, Manifest] | str | None:
-    """The data of a complete store and its manifest; why it cannot be used; None if there is none.
+@dataclass
+class _Complete:
+    """A store that was found whole: its bytes, mapped read-only, and what they are."""
+
+    pages: mmap.mmap
+    manifest: Manifest
+
+
+def _verified(directory: Path, identity: dict[str, Any]) -> _Complete | str | None:
+    """The complete store in `directory`; why it cannot be used; None if there is none.
 
     Raises:
         MoEPrefetchError: it is not this user's alone.
@@ -332,41 +337,43 @@ def _verified(directory: Path, identity: dict[str, Any]) -> tuple[int, Manifest]
     if not (stat.S_ISDIR(status.st_mode) and own):
         raise _refused(directory, "is not a directory of this user alone (mode 0700)")
     try:
-        descriptor = _checked(directory / _MANIFEST, os.O_RDONLY)
-        data = None
-        try:
-            with open(descriptor, "rb") as file:
-                manifest = Manifest.model_validate_json(file.read())
-            data = _checked(directory / _DATA, os.O_RDONLY)
-            reason = _difference(manifest, identity, data)
-        except ValidationError as error:
-            reason = f"its manifest is damaged ({error.error_count()} errors)"
+        with open(_checked(directory / _MANIFEST, os.O_RDONLY), "rb") as file:
+            manifest = Manifest.model_validate_json(file.read())
+        if manifest.identity != identity:
+            return "it holds another model"
+        data = _checked(directory / _DATA, os.O_RDONLY)
+    except ValidationError as error:
+        return f"its manifest is damaged ({error.error_count()} errors)"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    if reason is None and data is not None:
-        return data, manifest
-    if data is not None:
+    try:
+        size = os.fstat(data).st_size
+        if size != manifest.num_bytes or not size:
+            return f"it has {size:,} bytes instead of {manifest.num_bytes:,}"
+        pages = _mapped(data, size, 0)
+    finally:
         os.close(data)
-    return reason
+    content = memoryview(pages)
+    for tensor in manifest.tensors:
+        end = tensor.offset + tensor.num_bytes
+        if end > size or _digest(content[tensor.offset : end]) != tensor.digest:
+            return f"the bytes of {tensor.layer}.{tensor.name} are not those written"
+    return _Complete(pages, manifest)
 
 
-def _difference(manifest: Manifest, identity: dict[str, Any], data: int) -> str | None:
-    """What is wrong with a store's bytes, or None."""
-    if manifest.identity != identity:
-        return "it holds another model"
-    size = os.fstat(data).st_size
-    if size != manifest.num_bytes:
-        return f"it has {size:,} bytes instead of {manifest.num_bytes:,}"
-    with mmap.mmap(data, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ) as pages:
-        content = memoryview(pages)
-        try:
-            for tensor in manifest.tensors:
-                end = tensor.offset + tensor.num_bytes
-                if end > size or _digest(content[tensor.offset : end]) != tensor.digest:
-                    return f"the bytes of {tensor.layer}.{tensor.name} are not those written"
-        finally:
-            content.release()
-    return None
+def _mapped(data: int, num_bytes: int, offset: int) -> mmap.mmap:
+    """Bytes of a file as read-only memory, its page tables filled at once."""
+    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+    return mmap.mmap(data, num_bytes, flags=flags, prot=mmap.PROT_READ, offset=offset)
+
+
+def _tensor(pages: mmap.mmap, tensor: StoredTensor, offset: int) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has no read-only tensors; a write would fault
+        flat = torch.frombuffer(
+            pages, dtype=tensor.torch_dtype, count=torch.Size(tensor.shape).numel(), offset=offset
+        )
+    return flat.view(tensor.shape)
 
 
 def _digest(content: memoryview) -> str:

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine of `loading_arm.py` in a process of its own, for tests and benchmarks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ARM = Path(__file__).with_name("loading_arm.py")
+
+
+class EngineProcess:
+    """Starts at once; `answer` waits for what it measured."""
+
+    def __init__(self, *arguments: object):
+        self.process = subprocess.Popen(
+            [sys.executable, str(ARM), *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        log = []
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+            log.append(line)
+        raise RuntimeError("".join(log[-40:]))
+
+    def pss(self) -> int:
+        """Bytes of memory, pages that others have mapped too by their share."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("pss\n")
+        self.process.stdin.flush()
+        return self.answer()["pss"]
+
+    def end(self) -> None:
+        self.process.communicate(timeout=60)
+        assert self.process.returncode == 0
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
