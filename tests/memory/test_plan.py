@@ -4,14 +4,24 @@
 
 import gc
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import sample
 import torch
 from command_line import moe_prefetch, moe_prefetch_here
 from engine import moe_layers, start
 from hypothesis import given
 from hypothesis import strategies as st
-from sample import make_dense, make_gemma_config, make_gpt_oss
+from sample import (
+    make_checkpoint,
+    make_dbrx,
+    make_dense,
+    make_gemma_config,
+    make_gpt_oss,
+)
 from vllm.platforms import current_platform
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
@@ -259,6 +269,16 @@ def test_ranks_share_the_experts(gemma, tensor, pipeline, monkeypatch, capsys):
     assert plan["host_bytes"] == 30 * 128 * expert
 
 
+def make_apart(make, directory):
+    """In a process of its own: vLLM's transformers backend changes transformers' classes."""
+    code = (
+        f"from pathlib import Path; import sample; sample.{make.__name__}(Path({str(directory)!r}))"
+    )
+    tests = Path(sample.__file__).parent
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tests, capture_output=True)
+    return directory
+
+
 def measured(llm):
     """Bytes of slots, store and everything else that a running engine really holds."""
     layers = moe_layers(llm)
@@ -267,8 +287,17 @@ def measured(llm):
     return slots, store
 
 
-@pytest.mark.parametrize("make", [None, make_gpt_oss])
-def test_predicted_bytes_are_the_allocated_bytes(checkpoint, tmp_path, make, monkeypatch):
+MATRIX = {
+    "qwen3-moe": (make_checkpoint, {}),
+    "gpt-oss": (make_gpt_oss, {"dtype": "bfloat16"}),
+    "dbrx": (make_dbrx, {"load_format": "dummy"}),
+    "transformers backend": (make_checkpoint, {"model_impl": "transformers"}),
+    "float32": (make_checkpoint, {"dtype": "float32"}),
+}
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_predicted_bytes_are_the_allocated_bytes(tmp_path, name, monkeypatch):
     """Slots and store after loading, the other weights as the loader filled them."""
     from vllm.model_executor.model_loader import base_loader
 
@@ -283,7 +312,8 @@ def test_predicted_bytes_are_the_allocated_bytes(checkpoint, tmp_path, make, mon
         return process(model, *args)
 
     monkeypatch.setattr(base_loader, "process_weights_after_loading", process_and_record)
-    llm = start(make(tmp_path / "model") if make else checkpoint, slots=6, dtype="bfloat16")
+    make, arguments = MATRIX[name]
+    llm = start(make_apart(make, tmp_path / "model"), slots=6, **arguments)
     slots, store = measured(llm)
     ((planner, plan),) = planned
     assert plan.slots == 6

@@ -51,7 +51,7 @@ def _store_for(
     loader: BaseModelLoader, vllm_config: Any, model_config: Any, config: MoEPrefetchConfig
 ) -> Iterator[SharedStore | None]:
     """The shared store of this model and rank, for the time of loading, if one was asked for."""
-    if config.shared_store is None or not model_config.is_moe:
+    if config.shared_store is None:
         yield None
         return
     loader.download_model(model_config)

@@ -120,7 +120,7 @@ def settle(vllm_config: VllmConfig) -> None:
         MoEPrefetchError: it does not fit; says what is needed, what there is, and the way out.
     """
     config = MoEPrefetchConfig.from_additional_config(vllm_config.additional_config)
-    if config is None or not vllm_config.model_config.is_moe:
+    if config is None:
         return
     try:
         planner = planner_for(vllm_config, config)

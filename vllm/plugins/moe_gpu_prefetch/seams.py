@@ -196,6 +196,24 @@ SEAMS = (
     Seam("vllm.utils.torch_utils:_resolve_layer_name", "relied on", "and back"),
     Seam("vllm.config.utils:get_attr_docs", "relied on", "field docstrings as --help text"),
     Seam(
+        "vllm.model_executor.model_loader.weight_utils:safe_open",
+        "relied on",
+        "replaced while a slotted model loads: files are read in windows",
+        "safetensors_weights_iterator maps a file anew after so many bytes",
+    ),
+    Seam(
+        "vllm.model_executor.model_loader.base_loader:BaseModelLoader.download_model",
+        "relied on",
+        "brings a checkpoint here before a shared store is named after its files",
+        "",
+        ("model_config",),
+    ),
+    Seam(
+        "vllm.config.model:ModelConfig.compute_hash",
+        "relied on",
+        "part of what names a shared store",
+    ),
+    Seam(
         "vllm.model_executor.model_loader.utils:initialize_model",
         "relied on",
         "builds the model on the meta device, for the memory plan",
