@@ -4,6 +4,7 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,6 @@ from engine import moe_layers, start
 from hypothesis import given
 from hypothesis import strategies as st
 from sample import (
-    make_checkpoint,
     make_dbrx,
     make_dense,
     make_gemma_config,
@@ -288,16 +288,16 @@ def measured(llm):
 
 
 MATRIX = {
-    "qwen3-moe": (make_checkpoint, {}),
+    "qwen3-moe": (None, {}),
     "gpt-oss": (make_gpt_oss, {"dtype": "bfloat16"}),
     "dbrx": (make_dbrx, {"load_format": "dummy"}),
-    "transformers backend": (make_checkpoint, {"model_impl": "transformers"}),
-    "float32": (make_checkpoint, {"dtype": "float32"}),
+    "transformers backend": (None, {"model_impl": "transformers"}),
+    "float32": (None, {"dtype": "float32"}),
 }
 
 
 @pytest.mark.parametrize("name", MATRIX)
-def test_predicted_bytes_are_the_allocated_bytes(tmp_path, name, monkeypatch):
+def test_predicted_bytes_are_the_allocated_bytes(checkpoint, tmp_path, name, monkeypatch):
     """Slots and store after loading, the other weights as the loader filled them."""
     from vllm.model_executor.model_loader import base_loader
 
@@ -313,7 +313,8 @@ def test_predicted_bytes_are_the_allocated_bytes(tmp_path, name, monkeypatch):
 
     monkeypatch.setattr(base_loader, "process_weights_after_loading", process_and_record)
     make, arguments = MATRIX[name]
-    llm = start(make_apart(make, tmp_path / "model"), slots=6, **arguments)
+    model = make_apart(make, tmp_path / "model") if make else checkpoint
+    llm = start(model, slots=6, **arguments)
     slots, store = measured(llm)
     ((planner, plan),) = planned
     assert plan.slots == 6
@@ -399,6 +400,40 @@ def test_host_memory_is_kept_free(checkpoint):
     options = {"moe_gpu_prefetch": 8, "moe_gpu_prefetch_config": {"host_memory_reserve": 1e6}}
     with pytest.raises(MoEPrefetchError, match=r"1,000,000\.00 GiB must stay free"):
         LLM(str(checkpoint), max_model_len=512, additional_config=options)
+
+
+def test_further_api_servers_do_not_ask_for_the_engines_memory(checkpoint, monkeypatch):
+    """They make the same configuration, with the same N, when the engines have taken theirs."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm.plugins.moe_gpu_prefetch import planning, register
+
+    register()
+    monkeypatch.setattr(planning, "host_memory", lambda: HostMemory(64 * GIB, MIB))
+    asked = {"moe_gpu_prefetch": 8}
+    first = EngineArgs(str(checkpoint), max_model_len=512, additional_config=asked)
+    with pytest.raises(MoEPrefetchError, match="must stay free"):
+        first.create_engine_config()
+    further = EngineArgs(str(checkpoint), max_model_len=512, additional_config=asked)
+    further._api_process_count, further._api_process_rank = 2, 1
+    assert further.create_engine_config().additional_config == asked
+
+
+def test_the_server_ends_with_one_clear_message(checkpoint):
+    """`vllm serve` on a plan that does not fit: the reason, no traceback, no engine started."""
+    result = subprocess.run(
+        [
+            *(str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint)),
+            *("--moe-gpu-prefetch", "auto", "--gpu-memory-utilization", "0.01"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": ""},
+    )
+    assert result.returncode != 0
+    assert "vllm: error: --moe-gpu-prefetch auto does not fit: N=4 needs" in result.stderr
+    assert "Traceback" not in result.stderr and "EngineCore" not in result.stderr + result.stdout
 
 
 def test_overflow_as_the_normal_case_is_warned_of(checkpoint, caplog_vllm):

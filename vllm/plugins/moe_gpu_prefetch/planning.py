@@ -64,12 +64,16 @@ def limits_of(
     if share < 1:
         gpu_limit += f" (--gpu-memory-utilization {share:g} of {gib(total)})"
     here = host_memory()
-    stores_present = gpu_memory is None and _stores_present(vllm_config, config)
+    takes_host_memory = (
+        gpu_memory is None
+        and _starts_engines(vllm_config)
+        and not _stores_present(vllm_config, config)
+    )
     return Limits(
         gpu_bytes=int(total * share),
         gpu_limit=gpu_limit,
         kv_cache_bytes=kv_cache_bytes,
-        host=here if gpu_memory is None and not stores_present else None,
+        host=here if takes_host_memory else None,
         host_reserve=here.reserve(config.host_memory_reserve),
         ranks_per_host=max(1, parallel.world_size // parallel.nnodes),
         host_is_device=gpu_memory is None and current_platform.is_cpu(),
@@ -78,6 +82,13 @@ def limits_of(
         shortens=vllm_config.model_config.original_max_model_len == -1,
         rows_per_sequence=1 + (speculation.num_speculative_tokens if speculation else 0),
     )
+
+
+def _starts_engines(vllm_config: VllmConfig) -> bool:
+    """Several API servers each make the engine's configuration; only their parent starts engines,
+    which may have taken the host memory when the others look."""
+    parallel = vllm_config.parallel_config
+    return parallel._api_process_count == 1 or parallel._api_process_rank == -1
 
 
 def _stores_present(vllm_config: VllmConfig, config: MoEPrefetchConfig) -> bool:
@@ -135,7 +146,8 @@ def settle(vllm_config: VllmConfig) -> None:
     planner.refuse(slots, config.slots)
     _refuse_a_full_place(config, planner, slots)
     vllm_config.additional_config = {**vllm_config.additional_config, SLOTS_KEY: slots}
-    _log(planner, slots, config)
+    if _starts_engines(vllm_config):
+        _log(planner, slots, config)
 
 
 def _log(planner: MemoryPlanner, slots: int, config: MoEPrefetchConfig) -> None:

@@ -196,6 +196,11 @@ SEAMS = (
     Seam("vllm.utils.torch_utils:_resolve_layer_name", "relied on", "and back"),
     Seam("vllm.config.utils:get_attr_docs", "relied on", "field docstrings as --help text"),
     Seam(
+        "vllm.config.parallel:ParallelConfig._api_process_rank",
+        "relied on",
+        "tells the process that starts engines from further API servers (a dataclass field)",
+    ),
+    Seam(
         "vllm.model_executor.model_loader.weight_utils:safe_open",
         "relied on",
         "replaced while a slotted model loads: files are read in windows",

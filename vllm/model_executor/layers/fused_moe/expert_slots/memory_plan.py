@@ -303,10 +303,13 @@ class MemoryPlanner:
 
     def _host_bytes(self, slots: int) -> int:
         """Host stores of the machine that has to keep most."""
-        stages = len(self.footprints)
-        tensor_ranks = max(1, self.limits.ranks_per_host // stages)
-        stores = [f.store_bytes(slots) for f in self.footprints for _ in range(tensor_ranks)]
-        return sum(sorted(stores, reverse=True)[: self.limits.ranks_per_host])
+        return self._on_one_host([f.store_bytes(slots) for f in self.footprints])
+
+    def _on_one_host(self, stages: list[int]) -> int:
+        """Bytes of the ranks on one machine, given those of a rank of each stage: the largest."""
+        ranks = self.limits.ranks_per_host
+        tensor_ranks = max(1, ranks // len(stages))
+        return sum(sorted(stages * tensor_ranks, reverse=True)[:ranks])
 
     def _host_shortage(self, slots: int, host_bytes: int) -> str | None:
         limits = self.limits
@@ -314,7 +317,9 @@ class MemoryPlanner:
             return None
         taken = host_bytes
         if limits.host_is_device:
-            taken += sum(f.slot_bytes(slots) + f.other_weight_bytes for f in self.footprints)
+            taken += self._on_one_host(
+                [f.slot_bytes(slots) + f.other_weight_bytes for f in self.footprints]
+            )
         if limits.host.available - taken >= limits.host_reserve:
             return None
         return (
