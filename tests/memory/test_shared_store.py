@@ -247,9 +247,14 @@ def stock(checkpoint):
 
 
 def test_engines_on_a_shared_store_equal_stock(checkpoint, stock, place, caplog_vllm):
-    """The builder and the attached one, with another N and policy; offload really happens."""
-    for slots, said in ((8, "is complete"), (5, "attached")):
-        slotted = run(checkpoint, slots=slots, shared_store=str(place))
+    """The builder and the attached one, with another N, policy and length; offload happens."""
+    for slots, policy, length, said in (
+        (8, "lru", 512, "is complete"),
+        (5, "lfu", 480, "attached"),
+    ):
+        slotted = run(
+            checkpoint, slots=slots, policy=policy, max_model_len=length, shared_store=str(place)
+        )
         assert slotted.outputs == stock.outputs
         assert_offloaded(slotted.layers, slots, 32)
         assert said in caplog_vllm.text

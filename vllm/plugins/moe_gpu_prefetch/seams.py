@@ -214,11 +214,6 @@ SEAMS = (
         ("model_config",),
     ),
     Seam(
-        "vllm.config.model:ModelConfig.compute_hash",
-        "relied on",
-        "part of what names a shared store",
-    ),
-    Seam(
         "vllm.model_executor.model_loader.utils:initialize_model",
         "relied on",
         "builds the model on the meta device, for the memory plan",

@@ -2,6 +2,7 @@
 """What makes two host stores the same: the checkpoint, the layout of a rank, and the versions of
 what turned one into the other."""
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,12 @@ def store_identity(
 ) -> dict[str, Any]:
     """Everything that the bytes of one rank's host store follow from, as JSON.
 
-    A weight file counts by name, size and time of its last change; every other file of the
-    checkpoint's configuration by its content.
+    A weight file counts by name, size and time of its last change, the configuration by content.
+    Settings that do not change an expert (`max_model_len`, the number of slots) do not count.
     """
     parallel = vllm_config.parallel_config
-    weights, configuration = [], blake3()
+    weights = []
+    configuration = blake3(_canonical(model_config.hf_config.to_dict()).encode())
     for path in sorted(directory.iterdir()):
         if path.suffix in _WEIGHTS:
             status = path.stat()
@@ -56,7 +58,8 @@ def store_identity(
         "model": model_config.model,
         "weights": weights,
         "configuration": configuration.hexdigest(),
-        "settings": model_config.compute_hash(),
+        "model_impl": str(model_config.model_impl),
+        "quantization": str(model_config.quantization),
         "dtype": str(model_config.dtype),
         "load_format": str(vllm_config.load_config.load_format),
         "rank": rank,
@@ -70,3 +73,12 @@ def store_identity(
             "vllm-moe-gpu-prefetch": version("vllm-moe-gpu-prefetch"),
         },
     }
+
+
+def _canonical(value: Any) -> str:
+    """JSON that does not change from process to process."""
+
+    def plain(value: Any) -> Any:
+        return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
+
+    return json.dumps(value, sort_keys=True, default=plain)
