@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What loading costs in time and memory, as ratios to stock in the same run: a checkpoint of 2.25
+"""What loading costs in time and memory, as ratios to stock in the same run: a checkpoint of 2.5
 GiB of experts, with stores of their own and with a shared one. About five minutes.
 
 Usage: loading.py [--repeats N]

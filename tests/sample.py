@@ -105,34 +105,35 @@ def make_checkpoint(
     return _write(directory, Qwen3MoeForCausalLM, config)
 
 
-def make_large(directory: Path, layers: int = 24) -> Path:
-    """A Qwen3-MoE of 96 MiB of experts a layer, in one file: 64 experts top-2, random weights.
+def make_large(directory: Path) -> Path:
+    """A Qwen3-MoE of 2.5 GiB of experts in one file: 12 layers of 64 experts top-2.
 
     Written tensor by tensor, as a model in memory would take twice its size.
     """
     if directory.exists():
         return directory
+    width = 768
     small = make_checkpoint(
         directory.with_name(f"{directory.name}.small"),
         experts=2,
         top_k=2,
-        layers=layers,
+        layers=12,
         expert_width=8,
-        hidden=512,
+        hidden=width,
     )
     config = Qwen3MoeConfig.from_pretrained(small)
-    config.num_experts, config.moe_intermediate_size = 64, 512
+    config.num_experts, config.moe_intermediate_size = 64, width
     tensors = load_file(small / "model.safetensors")
     expert = re.compile(r"(model\.layers\.\d+\.mlp)\.experts\.0\.down_proj\.weight")
     pool = torch.empty(1 << 25, dtype=torch.bfloat16).normal_(std=0.1)
     place = 0
     for name in [name for name in tensors if expert.fullmatch(name)]:
         mlp = expert.fullmatch(name)[1]  # type: ignore[index]
-        tensors[f"{mlp}.gate.weight"] = torch.randn(64, 512, dtype=torch.bfloat16)
+        tensors[f"{mlp}.gate.weight"] = torch.randn(64, width, dtype=torch.bfloat16)
         for part in ("gate", "up", "down"):
             for number in range(64):
-                begin = place % (len(pool) - 512 * 512)
-                row = pool[begin : begin + 512 * 512].view(512, 512)
+                begin = place % (len(pool) - width * width)
+                row = pool[begin : begin + width * width].view(width, width)
                 tensors[f"{mlp}.experts.{number}.{part}_proj.weight"] = row
                 place += 4099
     unfinished = directory.with_name(f"{directory.name}.unfinished")

@@ -13,7 +13,7 @@ from sample import make_large
 
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import stores
 
-EXPERT_BYTES = 24 * 64 * 3 * 512 * 512 * 2
+EXPERT_BYTES = 12 * 64 * 3 * 768 * 768 * 2
 
 
 @pytest.fixture(scope="module")

@@ -158,7 +158,6 @@ DAMAGES = {
     "truncated": lambda store: os.truncate(store / "experts.bin", 65536),
     "longer": lambda store: os.truncate(store / "experts.bin", 1 << 20),
     "empty": lambda store: os.truncate(store / "experts.bin", 0),
-    "one bit": lambda store: flip(store / "experts.bin", 100),
     "manifest": lambda store: flip(store / "manifest.json", 30),
     "no manifest": lambda store: (store / "manifest.json").unlink(),
     "no data": lambda store: (store / "experts.bin").unlink(),
@@ -179,6 +178,17 @@ def test_damage_is_found_and_the_store_rebuilt(place, damage, caplog_vllm):
     assert_right(build(place))
     assert f"{KEY} is rebuilt" in caplog_vllm.text
     assert ready(place)
+
+
+def test_a_changed_byte_is_found_before_it_is_served(checkpoint, stock, place):
+    """The start ends, the store is gone, and the next start builds it."""
+    run(checkpoint, slots=8, shared_store=str(place))
+    (data,) = place.glob("*/experts.bin")
+    flip(data, data.stat().st_size // 2)
+    with pytest.raises(MoEPrefetchError, match=r"are not those written.*start again"):
+        start(checkpoint, slots=8, shared_store=str(place))
+    assert stores(place) == []
+    assert run(checkpoint, slots=8, shared_store=str(place)).outputs == stock.outputs
 
 
 def test_a_store_of_another_model_under_this_name_is_rebuilt(place):

@@ -17,6 +17,7 @@ import stat
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,12 +97,26 @@ class SharedStore:
         self._end = 0
         if complete is not None:
             self._pages, self._tensors = complete.pages, complete.manifest.tensors
+            # Beside the loading of everything else, which takes as long.
+            verifier = ThreadPoolExecutor(1, "expert-store")
+            self._verification = verifier.submit(_damage, self._pages, self._tensors)
+            verifier.shutdown(wait=False)
         else:
             self._building.mkdir(mode=0o700)
             self._data = _create(self._building / _DATA)
 
     def attach(self, layer: str) -> dict[str, torch.Tensor]:
-        """A layer's tensors of a complete store, [E, ...] each, mapped read-only."""
+        """A layer's tensors of a complete store, [E, ...] each, mapped read-only. The first call
+        waits until every byte of the store is verified.
+
+        Raises:
+            MoEPrefetchError: the store is damaged; it is removed when loading ends.
+        """
+        if (damage := self._verification.result()) is not None:
+            raise MoEPrefetchError(
+                f"the shared expert store {self._place / key_of(self._identity)} is damaged: "
+                f"{damage}. It is removed; start again, and it is built anew."
+            )
         mapped = {
             t.name: _tensor(self._pages, t, t.offset) for t in self._tensors if t.layer == layer
         }
@@ -167,10 +182,20 @@ class SharedStore:
         self._building.rename(self._place / key)
         logger.info("Shared expert store %s is complete: %d bytes.", key, self._end)
 
+    def _remove_if_damaged(self) -> None:
+        if self._verification.result() is None:
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # whoever attaches it too finds the same, and the last of them removes it
+        shutil.rmtree(self._place / key_of(self._identity), ignore_errors=True)
+
     def close(self, loaded: bool) -> None:
         """Ends loading: what was built becomes visible if everything was `loaded`, else nothing."""
         try:
             if self.ready:
+                self._remove_if_damaged()
                 return
             if loaded and self._tensors:
                 self._finish()
@@ -209,19 +234,15 @@ def _open(place: Path, identity: dict[str, Any]) -> SharedStore:
     key = key_of(identity)
     while True:
         lock = _locked(place, key, fcntl.LOCK_SH)
-        begin = time.perf_counter()
-        found = _verified(place / key, identity)
+        found = _found(place / key, identity)
         if isinstance(found, _Complete):
             logger.info(
-                "Shared expert store %s: attached, %d bytes verified in %.2f s.",
-                key,
-                found.manifest.num_bytes,
-                time.perf_counter() - begin,
+                "Shared expert store %s: attached, %d bytes.", key, found.manifest.num_bytes
             )
             return SharedStore(place, identity, lock, found)
         os.close(lock)
         lock = _locked(place, key, fcntl.LOCK_EX)
-        if isinstance(_verified(place / key, identity), _Complete):
+        if isinstance(_found(place / key, identity), _Complete):
             os.close(lock)  # another process was faster
             continue
         if found is not None:
@@ -317,13 +338,13 @@ def _checked(path: Path, flags: int) -> int:
 
 @dataclass
 class _Complete:
-    """A store that was found whole: its bytes, mapped read-only, and what they are."""
+    """A store that was found whole: its bytes, mapped read-only, and what they should be."""
 
     pages: mmap.mmap
     manifest: Manifest
 
 
-def _verified(directory: Path, identity: dict[str, Any]) -> _Complete | str | None:
+def _found(directory: Path, identity: dict[str, Any]) -> _Complete | str | None:
     """The complete store in `directory`; why it cannot be used; None if there is none.
 
     Raises:
@@ -353,18 +374,21 @@ def _verified(directory: Path, identity: dict[str, Any]) -> _Complete | str | No
         pages = _mapped(data, size, 0)
     finally:
         os.close(data)
-    content = memoryview(pages)
-    for tensor in manifest.tensors:
-        end = tensor.offset + tensor.num_bytes
-        if end > size or _digest(content[tensor.offset : end]) != tensor.digest:
-            return f"the bytes of {tensor.layer}.{tensor.name} are not those written"
     return _Complete(pages, manifest)
 
 
+def _damage(pages: mmap.mmap, tensors: list[StoredTensor]) -> str | None:
+    """Which bytes are not those that were written, or None."""
+    content = memoryview(pages)
+    for tensor in tensors:
+        if _digest(content[tensor.offset : tensor.offset + tensor.num_bytes]) != tensor.digest:
+            return f"the bytes of {tensor.layer}.{tensor.name} are not those written"
+    return None
+
+
 def _mapped(data: int, num_bytes: int, offset: int) -> mmap.mmap:
-    """Bytes of a file as read-only memory, its page tables filled at once."""
-    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-    return mmap.mmap(data, num_bytes, flags=flags, prot=mmap.PROT_READ, offset=offset)
+    """Bytes of a file as read-only memory."""
+    return mmap.mmap(data, num_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=offset)
 
 
 def _tensor(pages: mmap.mmap, tensor: StoredTensor, offset: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from vllm.model_executor.model_loader import weight_utils
 
-WINDOW_BYTES = 64 << 20
+WINDOW_BYTES = 128 << 20
 """Bytes read before a file is mapped anew."""
 
 
