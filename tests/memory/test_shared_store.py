@@ -128,7 +128,7 @@ def test_kill_9_at_any_moment_of_the_build(processes, tmp_path_factory, moment):
     process.start()
     started.wait()
     time.sleep(moment)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
     with shared_store.shared_store(place, IDENTITY) as store:
         add = (lambda layer: store.attach(layer)) if store.ready else None
