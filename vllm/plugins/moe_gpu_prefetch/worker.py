@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a running engine answers about its slots: `llm.collective_rpc("expert_slot_counters")`."""
+"""What a running engine answers about its slots: `llm.collective_rpc("expert_slot_counters")` and
+`llm.collective_rpc("expert_slot_residency")`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 
 from vllm.model_executor.layers.fused_moe.expert_slots.routed_experts import ExpertSlotsMixin
 
@@ -11,7 +17,25 @@ class ExpertSlotsWorkerExtension:
         """Totals and sizes of every slotted layer of this rank, by layer name. The keys of the
         inner dictionaries are those of `counters.TOTALS` and `counters.SIZES`."""
         return {
-            module.layer_name: module.slots.counters.as_dict()
-            for module in self.get_model().modules()  # type: ignore[attr-defined]
-            if isinstance(module, ExpertSlotsMixin) and module.slots is not None
+            layer.layer_name: layer.slots.counters.as_dict() for layer in self._slotted_layers()
         }
+
+    def expert_slot_residency(self) -> dict[str, list[int]]:
+        """The expert in each slot of every slotted layer of this rank, by layer name. Checked
+        first: the tables are each other's inverse, every slot holds its expert's bytes.
+
+        Raises:
+            AssertionError: they are not, or do not.
+        """
+        answer = {}
+        for layer in self._slotted_layers():
+            answer[layer.layer_name] = residents = layer.slots.residency()
+            for name, slots in layer.slots.buffers.tensors.items():
+                same = torch.equal(slots.cpu(), layer.slots.store.tensors[name][residents])
+                assert same, f"{layer.layer_name}.{name}: a slot does not hold its expert"
+        return answer
+
+    def _slotted_layers(self) -> Iterator[Any]:
+        for module in self.get_model().modules():  # type: ignore[attr-defined]
+            if isinstance(module, ExpertSlotsMixin) and module.slots is not None:
+                yield module

@@ -18,7 +18,11 @@ from vllm.model_executor.layers.fused_moe.expert_slots.gather_kernel import (
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.plan_kernel import IDS, plan_kernel
 from vllm.model_executor.layers.fused_moe.expert_slots.policy import FREQUENCY_UNIT
-from vllm.model_executor.layers.fused_moe.expert_slots.reference import max_waves, stream_width
+from vllm.model_executor.layers.fused_moe.expert_slots.reference import (
+    checked_residency,
+    max_waves,
+    stream_width,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
 
 _LANE_BYTES = 16
@@ -179,6 +183,10 @@ class DeviceSlotManager:
             num_warps=8,
         )
         return DeviceStep(waves, self._wave_tables, slot_ids)
+
+    def residency(self) -> list[int]:
+        """As `ExpertSlotManager.residency`; waits for the device."""
+        return checked_residency(self.slot_to_expert, self.expert_to_slot)
 
     def load(self, wave: int) -> None:
         """Starts the loads of one wave of the step that was planned last."""

@@ -8,8 +8,15 @@ import torch
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 
-_SHARED_BY_ALL_EXPERTS = {"w13_input_scale", "w2_input_scale"}
-"""Activation scales that are one value broadcast over the experts, not per-expert data."""
+_NOT_IN_SLOTS = {
+    "e_score_correction_bias",
+    "hash_indices_table",
+    "w13_input_scale",
+    "w2_input_scale",
+}
+"""Parameters of a layer that may have a row per expert and are none of an expert's: the router's,
+which sees all experts, and activation scales that are one value broadcast over them. vLLM's EPLB
+leaves out the same (`RoutedExperts.get_expert_weights`)."""
 
 
 class ExpertStore:
@@ -44,7 +51,7 @@ def per_expert_parameters(
         for name, parameter in layer.named_parameters(recurse=False)
         if parameter.dim() > 0
         and parameter.shape[0] == num_experts
-        and name not in _SHARED_BY_ALL_EXPERTS
+        and name not in _NOT_IN_SLOTS
         and (only is None or name in only)
     }
     storages = {p.untyped_storage().data_ptr() for p in parameters.values()}

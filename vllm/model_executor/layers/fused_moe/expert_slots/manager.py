@@ -9,6 +9,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.policy import ExpertHisto
 from vllm.model_executor.layers.fused_moe.expert_slots.reference import (
     ResidencyTables,
     StepPlan,
+    checked_residency,
     plan_step,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
@@ -50,3 +51,7 @@ class ExpertSlotManager:
         """Expert ids -> slot numbers, same shape and dtype; -1 stays -1."""
         slots = self.tables.expert_to_slot.take(topk_ids.long())
         return slots.to(topk_ids.dtype)
+
+    def residency(self) -> list[int]:
+        """The expert in each slot, [N], after a check that the tables are each other's inverse."""
+        return checked_residency(self.tables.slot_to_expert, self.tables.slots_of_experts)

@@ -85,6 +85,24 @@ class ResidencyTables:
         self.expert_to_slot.scatter_(0, experts, slots)
 
 
+def checked_residency(slot_to_expert: torch.Tensor, expert_to_slot: torch.Tensor) -> list[int]:
+    """The expert in each slot.
+
+    Args:
+        slot_to_expert: [N] integers.
+        expert_to_slot: [E] integers, -1 = not resident.
+
+    Raises:
+        AssertionError: the tables are not each other's inverse.
+    """
+    residents, slots = slot_to_expert.tolist(), expert_to_slot.tolist()
+    inverse = [-1] * len(slots)
+    for slot, expert in enumerate(residents):
+        inverse[expert] = slot
+    assert inverse == slots and len(set(residents)) == len(residents), (residents, slots)
+    return residents
+
+
 def stream_width(num_slots: int) -> int:
     """Experts a streaming wave loads: half of a ring that takes a quarter of the slots."""
     return max(1, num_slots // 8)

@@ -110,7 +110,7 @@ class ExpertSlotsMixin(_Layer):
         self.quant_method.process_weights_after_loading = self._process_then_make_slots
         self.quant_method.requires_device_loading = False
         for parameter in self.parameters(recurse=False):
-            if hasattr(parameter, "weight_loader"):
+            if getattr(getattr(parameter, "weight_loader", None), "__self__", None) is self:
                 parameter.weight_loader = self.weight_loader
 
     def _refuse_unless_slottable(self) -> None:
