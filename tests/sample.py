@@ -65,7 +65,17 @@ COMMON = {
 }
 
 
-def _write(directory: Path, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Path:
+def _fill_what_is_left_at_zero(model: PreTrainedModel) -> None:
+    """transformers leaves some routers and their biases at zero: every row would go to the same
+    experts."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("e_score_correction_bias"):
+            tensor.data.normal_(std=0.02)
+        elif tensor.dim() == 2 and not tensor.any():
+            tensor.data.normal_(std=0.1)
+
+
+def write(directory: Path, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Path:
     """Writes a checkpoint, in one piece or not at all; does nothing where it is there."""
     if directory.exists():
         return directory
@@ -73,6 +83,7 @@ def _write(directory: Path, model_class: type[PreTrainedModel], config: PreTrain
     config.eos_token_id = tokenizer.eos_token_id
     torch.manual_seed(0)
     model = model_class(config).to(torch.bfloat16)
+    _fill_what_is_left_at_zero(model)
     unfinished = directory.with_name(f"{directory.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     disable_progress_bar()
@@ -102,7 +113,7 @@ def make_checkpoint(
         num_experts_per_tok=top_k,
         norm_topk_prob=True,
     )
-    return _write(directory, Qwen3MoeForCausalLM, config)
+    return write(directory, Qwen3MoeForCausalLM, config)
 
 
 def make_large(directory: Path) -> Path:
@@ -166,7 +177,7 @@ def save_shared(tensors: dict[str, torch.Tensor], path: Path) -> None:
 def make_dense(directory: Path) -> Path:
     """A Qwen3 without experts."""
     config = Qwen3Config(**COMMON, intermediate_size=256, num_hidden_layers=2, head_dim=32)
-    return _write(directory, Qwen3ForCausalLM, config)
+    return write(directory, Qwen3ForCausalLM, config)
 
 
 def make_gpt_oss(directory: Path) -> Path:
@@ -180,7 +191,7 @@ def make_gpt_oss(directory: Path) -> Path:
         num_experts_per_tok=4,
         layer_types=["sliding_attention", "full_attention"],
     )
-    return _write(directory, GptOssForCausalLM, config)
+    return write(directory, GptOssForCausalLM, config)
 
 
 def make_dbrx(directory: Path) -> Path:
@@ -201,7 +212,7 @@ def make_dbrx(directory: Path) -> Path:
             "moe_normalize_expert_weights": 1.0,
         },
     )
-    return _write(directory, DbrxForCausalLM, config)
+    return write(directory, DbrxForCausalLM, config)
 
 
 def make_gemma_config(directory: Path) -> Path:

@@ -35,7 +35,10 @@ def silu_and_mul(activation, out, gate_up, **_):
     out.copy_(F.silu(gate.float()).to(gate.dtype) * up)
 
 
-def moe_sum(rows, out, *_):
+def moe_sum(rows, out, topk_ids=None, expert_map=None):
+    """Rows of experts that are not on this rank may be rubbish."""
+    if expert_map is not None:
+        rows = rows.masked_fill(expert_map[topk_ids.long()].lt(0).unsqueeze(-1), 0)
     out.copy_(rows.sum(1))
 
 

@@ -51,7 +51,7 @@ class Pair:
         plan = self.reference.plan(asked)
         mask = None if is_padding is None else is_padding.to(self.where)
         step = self.device.plan(topk_ids.to(self.where), mask)
-        wave_tables = step.wave_tables.cpu()
+        wave_tables = step.guarded_tables[:, 1:].cpu()
         assert step.waves >= len(plan.wave_loads)
         for wave in range(step.waves):
             if wave <= len(plan.wave_loads):  # of the empty waves, one

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetch
 from vllm.model_executor.layers.fused_moe.expert_slots.device_slots import DeviceSlotManager
 from vllm.model_executor.layers.fused_moe.expert_slots.experts import SlottedTritonExperts
 from vllm.model_executor.layers.fused_moe.expert_slots.host_store import ExpertStore
+from vllm.model_executor.layers.fused_moe.expert_slots.rank_map import RankMap
 from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
 
 EXPERTS, HIDDEN, WIDTH, TOP_K = 16, 64, 32, 3
@@ -47,7 +48,7 @@ def moe_config(dtype: torch.dtype, bias: bool) -> FusedMoEConfig:
     )
 
 
-def run(layer: TritonExperts, x, w13, w2, weights, ids) -> torch.Tensor:
+def run(layer: TritonExperts, x, w13, w2, weights, ids, expert_map=None) -> torch.Tensor:
     """`apply` as the modular kernel calls it; workspaces start as rubbish."""
     tokens = len(x)
     sizes = layer.workspace_shapes(
@@ -63,7 +64,7 @@ def run(layer: TritonExperts, x, w13, w2, weights, ids) -> torch.Tensor:
         topk_ids=ids,
         activation=MoEActivation.SILU,
         global_num_experts=EXPERTS,
-        expert_map=None,
+        expert_map=expert_map,
         a1q_scale=None,
         a2_scale=None,
         workspace13=spaces[0],
@@ -146,3 +147,39 @@ def test_padding_rows_fetch_nobody():
         assert slotted.slots.counters.needed - before == len(ids[:tokens].unique())
         full = run(resident, x, tensors["w13_weight"], tensors["w2_weight"], weights, ids)
         assert torch.equal(got[:tokens], full[:tokens])
+
+
+@pytest.mark.parametrize("placement", ["linear", "round robin"])
+@pytest.mark.parametrize("slots", [3, 4, 7])
+def test_each_rank_of_expert_parallelism_equals_stocks(placement, slots):
+    """Two ranks of eight experts each route ids of all sixteen; over slots, each has the bits of
+    stock's rank, in one wave and in several, and counts its own experts alone."""
+    generator = torch.Generator().manual_seed(2)
+    w13 = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, generator=generator) * 0.2
+    w2 = torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator) * 0.2
+    for rank in range(2):
+        everyone = torch.arange(EXPERTS)
+        here = everyone[rank::2] if placement == "round robin" else everyone.chunk(2)[rank]
+        expert_map = torch.full((EXPERTS,), -1, dtype=torch.int32)
+        expert_map[here] = torch.arange(len(here), dtype=torch.int32)
+        tensors = {"w13_weight": w13[here], "w2_weight": w2[here]}
+        parameters = {n: torch.nn.Parameter(t, requires_grad=False) for n, t in tensors.items()}
+        config, unquantised = moe_config(torch.float32, False), FusedMoEQuantConfig.make()
+        buffers = SlotBuffers(parameters, ExpertStore(tensors), slots, torch.device("cpu"))
+        slotted = SlottedTritonExperts(config, unquantised)
+        slotted.slots = DeviceSlotManager(MoEPrefetchConfig(slots=slots), buffers)
+        slotted.rank_map = RankMap(expert_map)
+        resident = TritonExperts(config, unquantised)
+        needed = 0
+        for tokens in (1, 9, 2, 24):
+            x = torch.randn(tokens, HIDDEN, generator=generator)
+            weights, ids = torch.rand(tokens, EXPERTS, generator=generator).topk(TOP_K)
+            ids = ids.to(torch.int32)
+            needed += len(set(ids.unique().tolist()) & set(here.tolist()))
+            full = run(resident, x, *tensors.values(), weights, ids, expert_map)
+            got = run(slotted, x, *parameters.values(), weights, ids, expert_map)
+            assert full.isfinite().all() and torch.equal(got, full)
+        counters = slotted.slots.counters
+        assert counters.needed == needed
+        assert counters.overflow_steps > 0 and counters.loads > 0
+        assert sorted(slotted.slots.residency()) == sorted(set(slotted.slots.residency()))

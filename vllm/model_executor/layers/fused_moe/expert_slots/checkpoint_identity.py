@@ -65,6 +65,7 @@ def store_identity(
         "rank": rank,
         "tensor_parallel_size": parallel.tensor_parallel_size,
         "pipeline_parallel_size": parallel.pipeline_parallel_size,
+        "expert_parallel": [parallel.enable_expert_parallel, parallel.expert_placement_strategy],
         "platform": f"{current_platform.device_name} {torch.backends.cpu.get_cpu_capability()}",
         "moe_backend": str(vllm_config.kernel_config.moe_backend),
         "versions": {

@@ -36,13 +36,14 @@ class DeviceStep:
     """What a step does, on the device. Valid until the layer's next step.
 
     Attributes:
-        wave_tables: [waves, E] int32, expert -> slot in each wave, -1 = not in this wave. A step
-            may need fewer waves than its shape allows: the rest are empty.
+        guarded_tables: [waves, 1 + E] int32, -1, which a kernel that looks the id -1 up finds, then
+            expert -> slot in each wave, -1 = not in this wave. A step may need fewer waves than
+            its shape allows: the rest are empty.
         slot_ids: [tokens, top_k] int32, the expert ids as slot numbers; None if `waves` > 1.
     """
 
     waves: int
-    wave_tables: torch.Tensor
+    guarded_tables: torch.Tensor
     slot_ids: torch.Tensor | None
 
 
@@ -117,9 +118,8 @@ class DeviceSlotManager:
         self.load_experts = zeros(experts)
         self.load_slots = zeros(experts)
         self.head = zeros(4)
-        # An entry of -1 before each row: a kernel that looks the id -1 up finds nobody.
         waves = max_waves(experts, slots, experts)
-        self._wave_tables = (zeros(waves, experts + 1) - 1)[:, 1:]
+        self._guarded_tables = zeros(waves, 1 + experts) - 1
         self._flags = zeros(self._experts_pad)
         self._order = zeros(2, self._slots_pad, dtype=torch.int64)
         self.reset()
@@ -159,7 +159,7 @@ class DeviceSlotManager:
             self._mirror,
             self.store.bytes_per_expert,
             waves,
-            self._wave_tables,
+            self._guarded_tables[:, 1:],
             self.load_experts,
             self.load_slots,
             self.head,
@@ -182,7 +182,7 @@ class DeviceSlotManager:
             CHUNK=max(1, 4096 // self._slots_pad),
             num_warps=8,
         )
-        return DeviceStep(waves, self._wave_tables, slot_ids)
+        return DeviceStep(waves, self._guarded_tables, slot_ids)
 
     def residency(self) -> list[int]:
         """As `ExpertSlotManager.residency`; waits for the device."""

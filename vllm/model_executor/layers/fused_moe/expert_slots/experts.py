@@ -29,6 +29,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.device_slots import (
     DeviceSlotManager,
     DeviceStep,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.rank_map import RankMap
 
 _COMPUTE_TYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -42,9 +43,11 @@ class SlottedTritonExperts(TritonExperts):
 
     Attributes:
         slots: the layer's manager, set once its slots are made.
+        rank_map: under expert parallelism, which experts are this rank's.
     """
 
     slots: DeviceSlotManager | None = None
+    rank_map: RankMap | None = None
 
     def workspace_shapes(
         self, M: int, N: int, K: int, topk: int, *args: Any, **kwargs: Any
@@ -77,9 +80,12 @@ class SlottedTritonExperts(TritonExperts):
         Args:
             output: [tokens, hidden]; as all other arguments, what stock's `apply` gets.
             w1, w2: the slots, [N, 2 * width, hidden] and [N, hidden, width].
-            topk_ids: [tokens, top_k] int32, expert ids 0 ... E-1.
+            topk_ids: [tokens, top_k] int32, expert ids 0 ... E-1, or under expert parallelism ids
+                of the whole model.
+            expert_map: stock's, under expert parallelism; `rank_map` holds the same.
         """
-        assert self.slots is not None and expert_map is None and a1q_scale is None
+        assert self.slots is not None and a1q_scale is None
+        assert (expert_map is None) == (self.rank_map is None)
         experts = self.slots.num_experts
         config = try_get_optimal_moe_config(
             (experts, *w1.shape[1:]),
@@ -89,9 +95,14 @@ class SlottedTritonExperts(TritonExperts):
             hidden_states.shape[0],
             block_shape=self.block_shape,
         )
-        step = self.slots.plan(topk_ids, _is_padding())
+        here = topk_ids if self.rank_map is None else self.rank_map.experts_here(topk_ids)
+        step = self.slots.plan(here, _is_padding())
         self.slots.load(0)
         if step.slot_ids is not None:
+            ids, num_ids, table = step.slot_ids, self.slots.num_slots, None
+            if self.rank_map is not None:
+                ids, num_ids = topk_ids, global_num_experts
+                table = self.rank_map.slots_of_all(step.guarded_tables[0])
             with override_config(config):
                 super().apply(
                     output,
@@ -99,10 +110,10 @@ class SlottedTritonExperts(TritonExperts):
                     w1,
                     w2,
                     topk_weights,
-                    step.slot_ids,
+                    ids,
                     activation,
-                    self.slots.num_slots,
-                    None,
+                    num_ids,
+                    table,
                     None,
                     a2_scale,
                     workspace13,
@@ -139,9 +150,13 @@ class SlottedTritonExperts(TritonExperts):
                 **options,
             )
 
-        for table in self._waves(step):
+        num_ids = experts if self.rank_map is None else global_num_experts
+        for guarded_table in self._waves(step):
+            table = guarded_table[1:]
+            if self.rank_map is not None:
+                table = self.rank_map.slots_of_all(guarded_table)
             assignment = moe_align_block_size(
-                topk_ids, config["BLOCK_SIZE_M"], experts, table, ignore_invalid_experts=True
+                topk_ids, config["BLOCK_SIZE_M"], num_ids, table, ignore_invalid_experts=True
             )
             gemm(
                 hidden_states,
@@ -160,20 +175,20 @@ class SlottedTritonExperts(TritonExperts):
                 top_k=1,
                 B_bias=self.w2_bias,
             )
-        self.moe_sum(down, output)
+        self.moe_sum(down, output, topk_ids, expert_map)
 
     def _waves(self, step: DeviceStep) -> Iterator[torch.Tensor]:
-        """Yields each wave's table, [E] int32, once its experts are loaded or on their way. Wave
+        """Yields each wave's guarded table, once its experts are loaded or on their way. Wave
         w+1 loads into the half of the ring that wave w-1 used, while wave w computes."""
         assert self.slots is not None
-        yield step.wave_tables[0]
+        yield step.guarded_tables[0]
         self.slots.load(1)  # into slots that the first wave computed from
-        side = _LoadStream(step.wave_tables.device)
+        side = _LoadStream(step.guarded_tables.device)
         for wave in range(1, step.waves):
             if wave + 1 < step.waves:
                 with side.after_all_so_far():
                     self.slots.load(wave + 1)
-            yield step.wave_tables[wave]
+            yield step.guarded_tables[wave]
             side.join()
 
 

@@ -37,8 +37,12 @@ class LoadCoverage:
         if expert_id is None:
             self._whole.add(name)
             return
-        local = self._layer._map_global_expert_id_to_local_expert_id(expert_id)
-        self._shards.setdefault(name, {}).setdefault(local, set()).add(shard_id)
+        experts = range(self._layer.local_num_experts)  # of a tensor of all experts, [E, ...]
+        if loaded_weight.dim() != 3:
+            local = self._layer._map_global_expert_id_to_local_expert_id(expert_id)
+            experts = range(local, local + 1)
+        for expert in experts:
+            self._shards.setdefault(name, {}).setdefault(expert, set()).add(shard_id)
 
     @property
     def used(self) -> bool:

@@ -31,6 +31,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.host_store import (
 from vllm.model_executor.layers.fused_moe.expert_slots.load_coverage import LoadCoverage
 from vllm.model_executor.layers.fused_moe.expert_slots.manager import ExpertSlotManager
 from vllm.model_executor.layers.fused_moe.expert_slots.pinning import pin, pinned
+from vllm.model_executor.layers.fused_moe.expert_slots.rank_map import RankMap
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import SharedStore
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import current as shared_store
 from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
@@ -125,8 +126,8 @@ class ExpertSlotsMixin(_Layer):
         elif parallel.dp_size > 1:
             reason = "data parallelism routes tokens of other ranks past the slots; use tensor"
             reason += " parallelism"
-        elif parallel.use_ep:
-            reason = "expert parallelism is not supported; drop --enable-expert-parallel"
+        elif parallel.use_ep and current_platform.is_cpu():
+            reason = "stock's CPU kernels take no expert map; drop --enable-expert-parallel"
         elif parallel.enable_eplb:
             reason = "EPLB moves experts between ranks; drop --enable-eplb"
         elif self.moe_config.is_lora_enabled:
@@ -175,7 +176,10 @@ class ExpertSlotsMixin(_Layer):
             self.slots_config, buffers, self.layer_name, get_world_group().rank
         )
         if current_platform.is_cuda():
-            self.quant_method.moe_kernel.fused_experts.slots = manager
+            experts = self.quant_method.moe_kernel.fused_experts
+            experts.slots = manager
+            if self.expert_map is not None:
+                experts.rank_map = RankMap(self.expert_map)
         self.slots = manager
         self.shared_store = None
 
