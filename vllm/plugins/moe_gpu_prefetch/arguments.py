@@ -17,13 +17,11 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchError,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import open_counters_directory
+from vllm.plugins.moe_gpu_prefetch.conflicts import refuse, slots_wanted
 from vllm.plugins.moe_gpu_prefetch.metrics import expose
 from vllm.plugins.moe_gpu_prefetch.planning import settle
-from vllm.plugins.moe_gpu_prefetch.seams import unsupported_version
 
 WORKER_EXTENSION = "vllm.plugins.moe_gpu_prefetch.worker.ExpertSlotsWorkerExtension"
-_WHOLE_LOADERS = {"tensorizer", "modelexpress", "ipc_cache"}
-_EXPERT_PARAMETER = ".mlp.experts.routed_experts.w13_weight.w2_weight."
 
 
 def _slots(value: str) -> int | str:
@@ -93,47 +91,6 @@ def _show_refusals_in_one_line() -> None:
             show(kind, error, stack)
 
     sys.excepthook = excepthook
-
-
-def slots_wanted(engine_args: EngineArgs) -> bool:
-    """Whether these arguments ask for expert slots."""
-    return MoEPrefetchConfig.from_additional_config(engine_args.additional_config) is not None
-
-
-def refuse(engine_args: EngineArgs) -> None:
-    """Refuses, before anything starts, what expert slots cannot be combined with.
-
-    Raises:
-        MoEPrefetchError: names the combination and the way out.
-    """
-    if not slots_wanted(engine_args):
-        return
-
-    def hits_experts(active: bool, segments: set[str] | None) -> bool:
-        return active and (not segments or any(f".{s}." in _EXPERT_PARAMETER for s in segments))
-
-    if reason := unsupported_version():
-        raise MoEPrefetchError(reason)
-
-    conflicts = {
-        f"--load-format {engine_args.load_format}": engine_args.load_format in _WHOLE_LOADERS,
-        "--enable-eplb": engine_args.enable_eplb,
-        "--enable-lora": engine_args.enable_lora,
-        "--enable-expert-parallel": engine_args.enable_expert_parallel,
-        "--data-parallel-size above 1": engine_args.data_parallel_size > 1,
-        "--cpu-offload-gb on the experts": hits_experts(
-            engine_args.cpu_offload_gb > 0, engine_args.cpu_offload_params
-        ),
-        "--offload-group-size on the experts": hits_experts(
-            engine_args.offload_group_size > 0, engine_args.offload_params
-        ),
-    }
-    for flag, present in conflicts.items():
-        if present:
-            raise MoEPrefetchError(
-                f"--moe-gpu-prefetch cannot be combined with {flag}: drop one of the two "
-                "(docs/limits.md says why)."
-            )
 
 
 def install() -> None:

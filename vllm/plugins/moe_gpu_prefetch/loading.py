@@ -27,7 +27,10 @@ from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import (
     GIB,
     resident_sequences,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.routed_experts import ExpertSlotsMixin
+from vllm.model_executor.layers.fused_moe.expert_slots.routed_experts import (
+    ExpertSlotsMixin,
+    building,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import (
     SharedStore,
     loading_into,
@@ -38,12 +41,19 @@ from vllm.plugins.moe_gpu_prefetch.layers import install_for_transformers_backen
 
 logger = init_logger(__name__)
 
-_resets_after_warm_up = False
+_guarded = False
 
 
 def slotted_layers(model: torch.nn.Module) -> list[Any]:
     """The MoE layers of a loaded model that got slots."""
     return [module for module in model.modules() if getattr(module, "slots", None) is not None]
+
+
+def all_slotted_layers(vllm_config: Any) -> list[Any]:
+    """Those of the model and of its draft model."""
+    modules = vllm_config.compilation_config.static_forward_context.values()
+    layers = [getattr(module, "routed_experts", None) for module in modules]
+    return [layer for layer in layers if getattr(layer, "slots", None) is not None]
 
 
 @contextmanager
@@ -128,41 +138,52 @@ def install() -> None:
             return load_model(self, vllm_config, model_config, *args, **kwargs)
         if model_config.using_transformers_backend():
             install_for_transformers_backend()
-        with _store_for(self, vllm_config, model_config, config) as store:
+        draft = building(draft=model_config.runner_type == "draft")
+        with draft, _store_for(self, vllm_config, model_config, config) as store:
             attached = store is not None and store.ready
             with loading_into(store), nullcontext() if attached else reading_in_windows():
                 model = load_model(self, vllm_config, model_config, *args, **kwargs)
             # Before the store is completed: an incomplete checkpoint must not become one.
             check_all([layer.load_coverage for layer in slotted_layers(model)])
         report(model, config, model_config)
-        if current_platform.is_cuda():
-            reset_after_warm_up()
+        guard_worker()
         return model
 
     BaseModelLoader.load_model = load_model_and_report
 
 
-def reset_after_warm_up() -> None:
-    """Wraps the GPU worker's warm-up: what its dummy batches loaded and counted is undone, so that
-    the first request finds the slots as loading left them. Called in workers only, once they have
-    imported what is wrapped."""
+def guard_worker() -> None:
+    """Wraps two methods of the worker that holds slots. Called in workers only, once they have
+    imported what is wrapped.
+
+    What warm-up batches loaded and counted is undone, so that the first request finds the slots as
+    loading left them; and reloading weights is refused before anything has changed.
+    """
     from vllm.v1.worker.gpu_worker import Worker
 
-    from vllm.model_executor.layers.fused_moe.expert_slots.device_slots import DeviceSlotManager
-
-    global _resets_after_warm_up
-    if _resets_after_warm_up:
+    global _guarded
+    if _guarded:
         return
-    _resets_after_warm_up = True
-    warm_up = Worker.compile_or_warm_up_model
+    _guarded = True
+    warm_up, reload_weights = Worker.compile_or_warm_up_model, Worker.reload_weights
 
     @functools.wraps(warm_up)
     def warm_up_and_reset(self: Worker) -> Any:
         times = warm_up(self)
-        for module in self.get_model().modules():
-            slots = getattr(module, "slots", None)
-            if isinstance(slots, DeviceSlotManager):
-                slots.reset()
+        if current_platform.is_cuda():
+            for layer in all_slotted_layers(self.vllm_config):
+                layer.slots.reset()
         return times
 
+    @functools.wraps(reload_weights)
+    def refuse_to_reload(self: Worker, *args: Any, **kwargs: Any) -> None:
+        if all_slotted_layers(self.vllm_config):
+            raise MoEPrefetchError(
+                "weights cannot be reloaded into expert slots: the experts in host memory are "
+                "never written after loading. Nothing was changed. Restart the server to serve "
+                "other weights, or serve without --moe-gpu-prefetch."
+            )
+        reload_weights(self, *args, **kwargs)
+
     Worker.compile_or_warm_up_model = warm_up_and_reset
+    Worker.reload_weights = refuse_to_reload

@@ -2,12 +2,11 @@
 """What a running engine answers about its slots: `llm.collective_rpc("expert_slot_counters")` and
 `llm.collective_rpc("expert_slot_residency")`."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from vllm.model_executor.layers.fused_moe.expert_slots.routed_experts import ExpertSlotsMixin
+from vllm.plugins.moe_gpu_prefetch.loading import all_slotted_layers
 
 
 class ExpertSlotsWorkerExtension:
@@ -35,7 +34,5 @@ class ExpertSlotsWorkerExtension:
                 assert same, f"{layer.layer_name}.{name}: a slot does not hold its expert"
         return answer
 
-    def _slotted_layers(self) -> Iterator[Any]:
-        for module in self.get_model().modules():  # type: ignore[attr-defined]
-            if isinstance(module, ExpertSlotsMixin) and module.slots is not None:
-                yield module
+    def _slotted_layers(self) -> list[Any]:
+        return all_slotted_layers(self.vllm_config)  # type: ignore[attr-defined]

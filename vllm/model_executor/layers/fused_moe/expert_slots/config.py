@@ -32,6 +32,10 @@ class MoEPrefetchConfig:
     lfu_half_life: int = Field(default=128, ge=1, le=1 << 20)
     """For `lfu`: the number of steps of a layer after which a count is worth half."""
 
+    draft_slots: Annotated[int, Field(ge=1)] | None = None
+    """In speculative decoding, the number of expert slots per MoE layer of the draft model or of
+    the MTP layers. Not given: as many as the model's own."""
+
     host_memory_reserve: Annotated[float, Field(ge=0)] | None = None
     """GiB of host memory that the experts must leave available, else the start is refused. Not
     given: 8 GiB or a tenth of the memory, whichever is more."""
@@ -63,6 +67,10 @@ class MoEPrefetchConfig:
                 )
             return None
         return cls.validated(slots, options or {})
+
+    def slots_of(self, draft: bool) -> int | Literal["auto"]:
+        """Slots per MoE layer of the model, or of its draft."""
+        return self.draft_slots if draft and self.draft_slots is not None else self.slots
 
     @classmethod
     def validated(cls, slots: Any, options: Any) -> "MoEPrefetchConfig":

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layer seam: a `RoutedExperts` whose parameters are slots over experts in host memory."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +59,19 @@ else:
     _Layer = object
 
 
+_loading_draft: ContextVar[bool] = ContextVar("_loading_draft", default=False)
+
+
+@contextmanager
+def building(draft: bool) -> Iterator[None]:
+    """Within, the layers that are built belong to a draft model, or to the model itself."""
+    token = _loading_draft.set(draft)
+    try:
+        yield
+    finally:
+        _loading_draft.reset(token)
+
+
 class ExpertSlotsMixin(_Layer):
     """Turns a `RoutedExperts`, stock's or a model's own, into slots over a host store.
 
@@ -78,23 +94,24 @@ class ExpertSlotsMixin(_Layer):
         )
         if self.slots_config is None:
             return
-        if self.slots_config.slots == "auto":
+        asked = self.slots_config.slots_of(draft=_loading_draft.get())
+        if asked == "auto":
             raise MoEPrefetchError(
                 "--moe-gpu-prefetch auto was not settled, because this engine's configuration was "
                 "not made by EngineArgs. Give a number."
             )
-        self.num_slots = max(self.slots_config.slots, self.top_k)
-        if self.num_slots > self.slots_config.slots:
+        self.num_slots = max(asked, self.top_k)
+        if self.num_slots > asked:
             logger.warning_once(
                 "--moe-gpu-prefetch %d is below the router's top-k; raised to %d slots per layer.",
-                self.slots_config.slots,
+                asked,
                 self.num_slots,
             )
         if self.num_slots >= self.local_num_experts:
             logger.info_once(
                 "--moe-gpu-prefetch %d covers all %d experts of a layer: full residency, nothing "
                 "is offloaded.",
-                self.slots_config.slots,
+                asked,
                 self.local_num_experts,
             )
             return
@@ -158,6 +175,15 @@ class ExpertSlotsMixin(_Layer):
         if self.load_coverage is not None:
             self.load_coverage.record(param, *args, **kwargs)
         return loaded
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.slots is not None:
+            raise MoEPrefetchError(
+                f"{self.layer_name} holds {self.num_slots} of {self.local_num_experts} experts, so "
+                "its parameters are not the model's. Save from an engine without "
+                "--moe-gpu-prefetch."
+            )
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _process_then_make_slots(self, layer: torch.nn.Module) -> None:
         assert self.slots_config is not None
