@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from vllm.plugins.moe_gpu_prefetch import layers
-from vllm.plugins.moe_gpu_prefetch.seams import SEAMS, SUPPORTED, unsupported_version
+import vllm
+from vllm.plugins.moe_gpu_prefetch import layers, seams
+from vllm.plugins.moe_gpu_prefetch.seams import SUPPORTED, unsupported_version
 
+SEAMS = [seam for seam in seams.SEAMS if seam.applies_to(vllm.__version__)]
 IN_TREE = Path(__file__).resolve().parent.parent / "docs" / "in-tree.md"
 
 

@@ -10,19 +10,27 @@ from packaging.version import Version
 
 SUPPORTED = SpecifierSet(">=0.32,<0.34", prereleases=True)
 
+_0_32 = SpecifierSet("<0.33.dev0", prereleases=True)
+_0_33 = SpecifierSet(">=0.33.dev0", prereleases=True)
+
 _MOE = "vllm.model_executor.layers.fused_moe"
 
 
 @dataclass(frozen=True)
 class Seam:
     """`target` is module:qualname; `parameters` are those we rely on, by name; `in_tree` says what
-    the same feature would do at this place as a patch on vLLM itself."""
+    the same feature would do at this place as a patch on vLLM itself; `versions` are those that
+    have it."""
 
     target: str
     kind: Literal["wrapped", "replaced", "relied on"]
     reason: str
     in_tree: str = ""
     parameters: tuple[str, ...] = ()
+    versions: SpecifierSet = SUPPORTED
+
+    def applies_to(self, version: str) -> bool:
+        return self.versions.contains(Version(version))
 
 
 SEAMS = (
@@ -147,6 +155,33 @@ SEAMS = (
         ("expert_id",),
     ),
     Seam(
+        f"{_MOE}.config:FusedMoEConfig.require_decomposed_backend",
+        "relied on",
+        "set on a slotted layer's configuration: no kernel may route by itself",
+        versions=_0_33,
+    ),
+    Seam(
+        f"{_MOE}.modular_kernel:FusedMoEExperts.post_gemm2_hook",
+        "relied on",
+        "must be unset where waves sum over top-k themselves",
+        versions=_0_33,
+    ),
+    Seam(
+        f"{_MOE}.modular_kernel:FusedMoEKernel.fused_experts",
+        "relied on",
+        "the experts object that a layer's slots are given to on a GPU",
+    ),
+    Seam(
+        f"{_MOE}.unquantized_fused_moe_method:UnquantizedFusedMoEMethod.experts_cls",
+        "relied on",
+        "says which kernel a layer has, and is set to ours on a GPU (set in __init__)",
+    ),
+    Seam(
+        f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase.moe_kernel",
+        "relied on",
+        "holds the experts object (set in __init__)",
+    ),
+    Seam(
         f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase.moe_quant_config",
         "relied on",
         "searched for per-expert tensors that slots could not follow (set in __init__)",
@@ -249,16 +284,43 @@ SEAMS = (
         "vllm.v1.core.kv_cache_utils:get_kv_cache_groups",
         "relied on",
         "groups the KV cache as the engine does",
+        versions=_0_32,
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_planning:get_kv_cache_groups_from_builder",
+        "relied on",
+        "groups the KV cache as the engine does",
+        versions=_0_33,
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_config_builder:get_kv_cache_config_builder",
+        "relied on",
+        "the platform's way to do that",
+        versions=_0_33,
     ),
     Seam(
         "vllm.v1.core.kv_cache_utils:_max_memory_usage_bytes_from_groups",
         "relied on",
         "the KV cache of one sequence, as vLLM's own check counts it",
+        versions=_0_32,
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_planning:_max_memory_usage_bytes_from_groups",
+        "relied on",
+        "the KV cache of one sequence, as vLLM's own check counts it",
+        versions=_0_33,
     ),
     Seam(
         "vllm.v1.core.kv_cache_utils:_pool_bytes_per_block",
         "relied on",
         "one block of it",
+        versions=_0_32,
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_planning:_pool_bytes_per_block_from_builder",
+        "relied on",
+        "one block of it",
+        versions=_0_33,
     ),
     Seam(
         "vllm.platforms.interface:Platform.update_block_size_for_backend",

@@ -34,6 +34,10 @@ from vllm.model_executor.layers.fused_moe.expert_slots.pinning import pin, pinne
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import SharedStore
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import current as shared_store
 from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
+from vllm.model_executor.layers.fused_moe.expert_slots.versions import (
+    keep_routing_apart,
+    moe_op_tags,
+)
 
 logger = init_logger(__name__)
 
@@ -255,6 +259,7 @@ class SlottedRoutedExperts(ExpertSlotsMixin, RoutedExperts):
         self, layer_name: str, params_dtype: torch.dtype, moe_config: Any, *args: Any, **kwargs: Any
     ):
         if _slots_wanted():
+            keep_routing_apart(moe_config)
             if current_platform.is_cuda() and moe_config.moe_backend == "auto":
                 moe_config.moe_backend = "triton"
             # Experts are created in host memory; the full set never exists on the device.
@@ -280,9 +285,19 @@ def _slots_wanted() -> bool:
 
 
 def slotted(routed_experts: RoutedExperts) -> None:
-    """Gives slots to a layer whose model brings its own `RoutedExperts` subclass."""
+    """Gives slots to a layer whose model brings its own `RoutedExperts` subclass.
+
+    Raises:
+        MoEPrefetchError: the class changes expert ids itself, after the slots would have.
+    """
     cls = type(routed_experts)
     if not isinstance(routed_experts, ExpertSlotsMixin) and _slots_wanted():
+        if cls.forward_modular is not RoutedExperts.forward_modular:
+            raise MoEPrefetchError(
+                f"--moe-gpu-prefetch cannot serve layer {routed_experts.layer_name}: "
+                f"{cls.__module__}.{cls.__name__} works on the router's choices in a "
+                "forward_modular of its own. Serve this model without --moe-gpu-prefetch."
+            )
         routed_experts.__class__ = type(f"Slotted{cls.__name__}", (ExpertSlotsMixin, cls), {})
         routed_experts.adopt_expert_slots()
 
@@ -312,5 +327,5 @@ direct_register_custom_op(
     op_name="moe_expert_slots",
     op_func=_moe_expert_slots,
     fake_impl=_moe_expert_slots_fake,
-    tags=(torch.Tag.needs_fixed_stride_order,),
+    tags=moe_op_tags(),
 )
