@@ -17,9 +17,10 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchError,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import open_counters_directory
-from vllm.plugins.moe_gpu_prefetch.metrics import expose
-from vllm.plugins.moe_gpu_prefetch.planning import settle
-from vllm.plugins.moe_gpu_prefetch.seams import unsupported_version
+from vllm.plugins.moe_gpu_prefetch.compatibility import objection, say_what_is_shared
+from vllm.plugins.moe_gpu_prefetch.loader import refuse_a_loader_that_bypasses_us
+from vllm.plugins.moe_gpu_prefetch.refusal import with_flags
+from vllm.plugins.moe_gpu_prefetch.wrapping import Wrap
 
 WORKER_EXTENSION = "vllm.plugins.moe_gpu_prefetch.worker.ExpertSlotsWorkerExtension"
 _WHOLE_LOADERS = {"tensorizer", "modelexpress", "ipc_cache"}
@@ -31,6 +32,8 @@ def _slots(value: str) -> int | str:
         slots: Any = int(value)
     except ValueError:
         slots = value
+    if reason := objection():
+        raise argparse.ArgumentTypeError(reason)
     try:
         return MoEPrefetchConfig.validated(slots, {}).slots
     except MoEPrefetchError as error:
@@ -112,7 +115,7 @@ def refuse(engine_args: EngineArgs) -> None:
     def hits_experts(active: bool, segments: set[str] | None) -> bool:
         return active and (not segments or any(f".{s}." in _EXPERT_PARAMETER for s in segments))
 
-    if reason := unsupported_version():
+    if reason := objection():
         raise MoEPrefetchError(reason)
 
     conflicts = {
@@ -136,8 +139,8 @@ def refuse(engine_args: EngineArgs) -> None:
             )
 
 
-def install() -> None:
-    """Wraps the three methods of `EngineArgs` that see every engine's arguments."""
+def wraps() -> tuple[Wrap, ...]:
+    """The three methods of `EngineArgs` that see every engine's arguments."""
     add_cli_args = EngineArgs.add_cli_args
     from_cli_args = EngineArgs.from_cli_args.__func__
     create_engine_config = EngineArgs.create_engine_config
@@ -145,8 +148,7 @@ def install() -> None:
     @functools.wraps(add_cli_args)
     def add_cli_args_with_slots(parser: Any) -> Any:
         parser = add_cli_args(parser)
-        _add_group(parser)
-        return parser
+        return with_flags(parser, lambda: _add_group(parser))
 
     @functools.wraps(from_cli_args)
     def from_cli_args_with_slots(cls: type, args: argparse.Namespace) -> EngineArgs:
@@ -165,13 +167,20 @@ def install() -> None:
         refuse(self)
         if not slots_wanted(self):
             return create_engine_config(self, *args, **kwargs)
+        from vllm.plugins.moe_gpu_prefetch.metrics import expose
+        from vllm.plugins.moe_gpu_prefetch.planning import settle
+
+        say_what_is_shared()
         directory = open_counters_directory()
         self.worker_extension_cls = self.worker_extension_cls or WORKER_EXTENSION
         vllm_config = create_engine_config(self, *args, **kwargs)
+        refuse_a_loader_that_bypasses_us(vllm_config.load_config)
         settle(vllm_config)
         expose(directory, vllm_config)
         return vllm_config
 
-    EngineArgs.add_cli_args = staticmethod(add_cli_args_with_slots)
-    EngineArgs.from_cli_args = classmethod(from_cli_args_with_slots)
-    EngineArgs.create_engine_config = create_engine_config_with_slots
+    return (
+        Wrap(EngineArgs, "add_cli_args", add_cli_args_with_slots),
+        Wrap(EngineArgs, "from_cli_args", from_cli_args_with_slots),
+        Wrap(EngineArgs, "create_engine_config", create_engine_config_with_slots),
+    )

@@ -2,8 +2,11 @@
 """Every name of vLLM that this feature wraps, replaces or relies on: one line each. A test resolves
 the table against the installed vLLM, so that an upgrade fails there, with the seam's name."""
 
-from dataclasses import dataclass
-from typing import Literal
+import importlib
+import inspect
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any, Literal
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -20,7 +23,7 @@ _MOE = "vllm.model_executor.layers.fused_moe"
 class Seam:
     """`target` is module:qualname; `parameters` are those we rely on, by name; `in_tree` says what
     the same feature would do at this place as a patch on vLLM itself; `versions` are those that
-    have it."""
+    have it; a `deferred` one is checked where it is applied, because its import takes long."""
 
     target: str
     kind: Literal["wrapped", "replaced", "relied on"]
@@ -28,6 +31,7 @@ class Seam:
     in_tree: str = ""
     parameters: tuple[str, ...] = ()
     versions: SpecifierSet = SUPPORTED
+    deferred: bool = False
 
     def applies_to(self, version: str) -> bool:
         return self.versions.contains(Version(version))
@@ -80,6 +84,7 @@ SEAMS = (
         "replaced",
         "out-of-tree registry: the transformers backend's own runner",
         "nothing: the factory applies the mixin to routed_experts_cls",
+        deferred=True,
     ),
     Seam(
         "vllm.config.model:ModelConfig.using_transformers_backend",
@@ -91,6 +96,7 @@ SEAMS = (
         "wrapped",
         "undoes what warm-up batches loaded and counted (GPU workers of a slotted model only)",
         "one call at the end of this method",
+        deferred=True,
     ),
     Seam(
         f"{_MOE}.experts.triton_moe:TritonExperts.apply",
@@ -242,6 +248,11 @@ SEAMS = (
         "safetensors_weights_iterator maps a file anew after so many bytes",
     ),
     Seam(
+        "vllm.model_executor.model_loader:_LOAD_FORMAT_TO_MODEL_LOADER",
+        "relied on",
+        "tells a loader class with a load_model of its own, which the slots would not reach",
+    ),
+    Seam(
         "vllm.model_executor.model_loader.base_loader:BaseModelLoader.download_model",
         "relied on",
         "brings a checkpoint here before a shared store is named after its files",
@@ -352,6 +363,79 @@ SEAMS = (
         "clears vLLM's own metrics by `_name`, which a collector does not have",
     ),
 )
+
+
+def resolve(target: str) -> Any:
+    """The object that a seam names; for a field or an attribute set in `__init__`, its class.
+
+    Raises:
+        AttributeError, ImportError: it is not there.
+    """
+    module, _, qualname = target.partition(":")
+    value = importlib.import_module(module)
+    for name in qualname.split("."):
+        if is_dataclass(value) and name in {field.name for field in fields(value)}:
+            return value
+        if inspect.isclass(value) and not hasattr(value, name):
+            if f"self.{name}" not in inspect.getsource(value):
+                raise AttributeError(f"{value.__name__} has no {name}")
+            return value
+        value = getattr(value, name)
+    return value
+
+
+def missing(seam: Seam) -> str | None:
+    """What of a seam the installed vLLM lacks, or None."""
+    try:
+        value = resolve(seam.target)
+        parameters = inspect.signature(value).parameters if seam.parameters else {}
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
+        return str(error)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    lost = [name for name in seam.parameters if name not in parameters]
+    return f"it takes no {', '.join(lost)}" if lost else None
+
+
+@cache
+def first_broken(at_start: bool = False) -> str | None:
+    """Why slots cannot run on this vLLM although its version is supported, or None.
+
+    Args:
+        at_start: only what is wrapped in every process, whether slots are asked for or not.
+    """
+    import vllm
+
+    for seam in SEAMS:
+        if seam.deferred or (at_start and seam.kind != "wrapped"):
+            continue
+        if seam.applies_to(vllm.__version__) and (lack := missing(seam)):
+            return not_as_known(f"{seam.target}: {lack}")
+    return None
+
+
+def require(target: str) -> None:
+    """Checks a deferred seam, where it is applied.
+
+    Raises:
+        MoEPrefetchError: it is not as we know it.
+    """
+    from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+
+    (seam,) = [seam for seam in SEAMS if seam.target == target]
+    if lack := missing(seam):
+        raise MoEPrefetchError(not_as_known(f"{target}: {lack}"))
+
+
+def not_as_known(what: str) -> str:
+    """Why slots cannot run on a vLLM that has been changed."""
+    import vllm
+
+    return (
+        f"expert slots do not know this vLLM {vllm.__version__} ({what}): install a released one "
+        f"of {SUPPORTED}, disable the plugin that changed it with VLLM_PLUGINS, or serve without "
+        "--moe-gpu-prefetch."
+    )
 
 
 def unsupported_version() -> str | None:

@@ -117,6 +117,11 @@ class ExpertSlotsMixin(_Layer):
             if getattr(getattr(parameter, "weight_loader", None), "__self__", None) is self:
                 parameter.weight_loader = self.weight_loader
 
+    @property
+    def awaits_slots(self) -> bool:
+        """Whether the layer was armed and its weights have not been processed since."""
+        return self.load_coverage is not None and self.slots is None
+
     def _refuse_unless_slottable(self) -> None:
         parallel = self.moe_config.moe_parallel_config
         experts_cls = getattr(self.quant_method, "experts_cls", None)
