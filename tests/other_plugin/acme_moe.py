@@ -141,7 +141,7 @@ def severed_processing():
             method = getattr(module, "quant_method", None)
             if hasattr(method, "process_weights_after_loading"):
                 type(method).process_weights_after_loading(method, module)
-            elif hasattr(module, "process_weights_after_loading"):
+            elif "Attention" in type(module).__name__ and hasattr(module, "impl"):
                 module.process_weights_after_loading(model_config.dtype)
 
     base_loader.process_weights_after_loading = acme_processes

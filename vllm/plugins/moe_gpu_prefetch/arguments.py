@@ -170,11 +170,11 @@ def wraps() -> tuple[Wrap, ...]:
         from vllm.plugins.moe_gpu_prefetch.metrics import expose
         from vllm.plugins.moe_gpu_prefetch.planning import settle
 
-        say_what_is_shared()
         directory = open_counters_directory()
         self.worker_extension_cls = self.worker_extension_cls or WORKER_EXTENSION
         vllm_config = create_engine_config(self, *args, **kwargs)
         refuse_a_loader_that_bypasses_us(vllm_config.load_config)
+        say_what_is_shared()
         settle(vllm_config)
         expose(directory, vllm_config)
         return vllm_config
