@@ -125,3 +125,14 @@ def test_without_what_the_flag_needs_vllm_still_starts(fresh):
     result = fresh(code)
     assert result.status == 0 and result.output.endswith("started\n")
     assert result.output.count("--moe-gpu-prefetch is not there: expert slots support vLLM") == 1
+
+
+def test_the_plan_command_refuses_an_unsupported_vllm_too(fresh, checkpoint):
+    """One line, no table that would not hold."""
+    code = (
+        "vllm.__version__ = '0.34.0'\nimport sys\n"
+        f"sys.argv = ['vllm-moe-prefetch', 'plan', {str(checkpoint)!r}]\n"
+        "from vllm.plugins.moe_gpu_prefetch.command import main\nmain()"
+    )
+    result = fresh(code)
+    assert result.status == 2 and "support vLLM <0.34,>=0.32, this is 0.34.0" in result.output
