@@ -60,4 +60,7 @@ def install_for_transformers_backend() -> None:
     from vllm.model_executor.layers.fused_moe.expert_slots.runner import ExpertSlotsRunnerMixin
 
     bases = (ExpertSlotsRunnerMixin, TransformersMoERunner)
-    _replace("TransformersMoERunner", type("SlottedTransformersMoERunner", bases, {}))
+    _replace(
+        "TransformersMoERunner",
+        type("SlottedTransformersMoERunner", bases, {"__module__": __name__}),
+    )
