@@ -3,8 +3,12 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from fresh_process import Fresh
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -17,6 +21,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sample import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("model") / "qwen3-moe")
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Iterator["Fresh"]:
+    from fresh_process import Fresh
+
+    process = Fresh()
+    yield process
+    process.close()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
-from vllm.plugins.moe_gpu_prefetch import register, seams
+from vllm.plugins.moe_gpu_prefetch import register
 
 
 def command(*arguments: str, before: str = "", **environment: str):
@@ -135,15 +135,6 @@ def test_without_the_flag_the_arguments_are_stocks(parse):
     """No key appears in additional_config, no worker extension."""
     arguments = parse()
     assert not arguments.additional_config and not arguments.worker_extension_cls
-
-
-def test_an_unsupported_vllm_is_refused_and_left_alone_without_the_flag(parse, monkeypatch):
-    """The version and the supported range are named; without the flag nothing is said."""
-    monkeypatch.setattr("vllm.__version__", "0.40.1")
-    assert seams.unsupported_version() is not None
-    with pytest.raises(SystemExit):
-        parse("--moe-gpu-prefetch", "8")
-    assert parse().additional_config in ({}, None)
 
 
 @pytest.mark.parametrize(

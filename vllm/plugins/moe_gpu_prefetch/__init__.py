@@ -5,17 +5,27 @@ _registered = False
 
 
 def register() -> None:
-    """Entry point of `vllm.general_plugins`: runs in every vLLM process, cheap and idempotent."""
+    """Entry point of `vllm.general_plugins`: runs in every vLLM process, cheap and idempotent.
+
+    It wraps all that it has to or nothing, and never raises, which would end vLLM's start. Where
+    vLLM is not as this plugin knows it, only the flag is there, to be refused with the reason.
+    """
     global _registered
     if _registered:
         return
     _registered = True
-    from vllm.plugins.moe_gpu_prefetch import arguments, seams
+    from vllm.plugins.moe_gpu_prefetch import refusal, seams
 
-    # On an unsupported vLLM the flag is still there, to be refused with the reason.
-    arguments.install()
-    if seams.unsupported_version() is None:
-        from vllm.plugins.moe_gpu_prefetch import layers, loading
+    reason = seams.unsupported_version()
+    if reason is None:
+        try:
+            from vllm.plugins.moe_gpu_prefetch import arguments, loader, wrapping
 
-        layers.install()
-        loading.install()
+            reason = seams.first_broken(at_start=True)
+            wraps = () if reason else (*arguments.wraps(), *loader.wraps())
+        except Exception as error:
+            reason = seams.not_as_known(f"{type(error).__name__}: {error}")
+    if reason is None:
+        wrapping.install(*wraps)
+    else:
+        refusal.install(reason)

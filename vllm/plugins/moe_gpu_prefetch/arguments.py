@@ -17,9 +17,10 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchError,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import open_counters_directory
+from vllm.plugins.moe_gpu_prefetch.compatibility import objection, say_what_is_shared
 from vllm.plugins.moe_gpu_prefetch.conflicts import refuse, slots_wanted
-from vllm.plugins.moe_gpu_prefetch.metrics import expose
-from vllm.plugins.moe_gpu_prefetch.planning import settle
+from vllm.plugins.moe_gpu_prefetch.refusal import with_flags
+from vllm.plugins.moe_gpu_prefetch.wrapping import Wrap
 
 WORKER_EXTENSION = "vllm.plugins.moe_gpu_prefetch.worker.ExpertSlotsWorkerExtension"
 
@@ -29,6 +30,8 @@ def _slots(value: str) -> int | str:
         slots: Any = int(value)
     except ValueError:
         slots = value
+    if reason := objection():
+        raise argparse.ArgumentTypeError(reason)
     try:
         return MoEPrefetchConfig.validated(slots, {}).slots
     except MoEPrefetchError as error:
@@ -93,8 +96,8 @@ def _show_refusals_in_one_line() -> None:
     sys.excepthook = excepthook
 
 
-def install() -> None:
-    """Wraps the three methods of `EngineArgs` that see every engine's arguments."""
+def wraps() -> tuple[Wrap, ...]:
+    """The three methods of `EngineArgs` that see every engine's arguments."""
     add_cli_args = EngineArgs.add_cli_args
     from_cli_args = EngineArgs.from_cli_args.__func__
     create_engine_config = EngineArgs.create_engine_config
@@ -102,8 +105,7 @@ def install() -> None:
     @functools.wraps(add_cli_args)
     def add_cli_args_with_slots(parser: Any) -> Any:
         parser = add_cli_args(parser)
-        _add_group(parser)
-        return parser
+        return with_flags(parser, lambda: _add_group(parser))
 
     @functools.wraps(from_cli_args)
     def from_cli_args_with_slots(cls: type, args: argparse.Namespace) -> EngineArgs:
@@ -122,13 +124,19 @@ def install() -> None:
         refuse(self)
         if not slots_wanted(self):
             return create_engine_config(self, *args, **kwargs)
+        from vllm.plugins.moe_gpu_prefetch.metrics import expose
+        from vllm.plugins.moe_gpu_prefetch.planning import settle
+
         directory = open_counters_directory()
         self.worker_extension_cls = self.worker_extension_cls or WORKER_EXTENSION
         vllm_config = create_engine_config(self, *args, **kwargs)
+        say_what_is_shared()
         settle(vllm_config)
         expose(directory, vllm_config)
         return vllm_config
 
-    EngineArgs.add_cli_args = staticmethod(add_cli_args_with_slots)
-    EngineArgs.from_cli_args = classmethod(from_cli_args_with_slots)
-    EngineArgs.create_engine_config = create_engine_config_with_slots
+    return (
+        Wrap(EngineArgs, "add_cli_args", add_cli_args_with_slots),
+        Wrap(EngineArgs, "from_cli_args", from_cli_args_with_slots),
+        Wrap(EngineArgs, "create_engine_config", create_engine_config_with_slots),
+    )

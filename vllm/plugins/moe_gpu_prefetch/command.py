@@ -29,6 +29,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import (
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import remove, stores
 from vllm.plugins.moe_gpu_prefetch import register
+from vllm.plugins.moe_gpu_prefetch.compatibility import objection
 from vllm.plugins.moe_gpu_prefetch.planning import expectation, planner_for
 
 _SHOWN = {
@@ -127,6 +128,8 @@ def _vllm_config(arguments: argparse.Namespace) -> VllmConfig:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    if reason := objection():
+        raise MoEPrefetchError(reason)
     options = arguments.moe_gpu_prefetch_config or {}
     arguments.moe_gpu_prefetch = arguments.moe_gpu_prefetch_config = None
     config = MoEPrefetchConfig.validated("auto", options)

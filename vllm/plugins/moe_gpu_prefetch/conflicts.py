@@ -14,7 +14,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
-from vllm.plugins.moe_gpu_prefetch.seams import unsupported_version
+from vllm.plugins.moe_gpu_prefetch.compatibility import objection
 
 _EXPERT_PARAMETER = ".mlp.experts.routed_experts.w13_weight.w2_weight."
 
@@ -142,7 +142,7 @@ def refuse(arguments: EngineArgs) -> None:
     """
     if not slots_wanted(arguments):
         return
-    if reason := unsupported_version():
+    if reason := objection():
         raise MoEPrefetchError(reason)
     for conflict in CONFLICTS:
         if conflict.present(arguments):

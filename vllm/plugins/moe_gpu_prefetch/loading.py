@@ -2,7 +2,7 @@
 """After loading: says what was decided; refuses a model whose experts slipped past the slots."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import (
     shared_store,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.streaming import reading_in_windows
-from vllm.plugins.moe_gpu_prefetch.layers import install_for_transformers_backend
+from vllm.plugins.moe_gpu_prefetch import layers, wrapping
+from vllm.plugins.moe_gpu_prefetch.seams import require
 
 logger = init_logger(__name__)
 
@@ -84,15 +85,24 @@ def report(model: torch.nn.Module, config: MoEPrefetchConfig, model_config: Any)
     Raises:
         MoEPrefetchError: the slots did not reach every layer.
     """
-    layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
-    missed = [layer for layer in layers if not isinstance(layer, ExpertSlotsMixin)]
+    experts = [module for module in model.modules() if isinstance(module, RoutedExperts)]
+    missed = [layer for layer in experts if not isinstance(layer, ExpertSlotsMixin)]
+    unmade = [layer for layer in experts if layer not in missed and layer.awaits_slots]
     slotted = slotted_layers(model)
     if missed:
         raise MoEPrefetchError(
-            f"--moe-gpu-prefetch {config.slots}: {len(missed)} of {len(layers)} MoE layers of "
+            f"--moe-gpu-prefetch {config.slots}: {len(missed)} of {len(experts)} MoE layers of "
             f"{type(model).__name__} ({model_config.model}) cannot be put into slots: "
             f"{missed[0].layer_name} is run by a class of the model's own around "
             f"{type(missed[0]).__name__}. Serve it without --moe-gpu-prefetch."
+        )
+    if unmade:
+        method = unmade[0].quant_method.process_weights_after_loading
+        raise MoEPrefetchError(
+            f"--moe-gpu-prefetch {config.slots}: {len(unmade)} of {len(experts)} MoE layers got no "
+            f"slots, because {type(unmade[0].quant_method).__name__}.process_weights_after_loading "
+            f"was replaced, or never called ({method.__module__}.{method.__qualname__}). Disable "
+            "the other plugin with VLLM_PLUGINS, or serve without --moe-gpu-prefetch."
         )
     if slotted:
         first = slotted[0]
@@ -111,13 +121,13 @@ def report(model: torch.nn.Module, config: MoEPrefetchConfig, model_config: Any)
             first.slots.store.bytes_per_expert,
             resident_sequences(first.local_num_experts, first.top_k, first.num_slots),
         )
-    elif not layers and model_config.is_moe:
+    elif not experts and model_config.is_moe:
         raise MoEPrefetchError(
             f"--moe-gpu-prefetch {config.slots}: {type(model).__name__} ({model_config.model}) is "
             "a MoE model whose experts do not go through vLLM's fused-MoE layer, so they cannot "
             "be put into slots. Serve it without --moe-gpu-prefetch."
         )
-    elif not layers:
+    elif not experts:
         logger.info(
             "--moe-gpu-prefetch %d is ignored: %s is a dense model.",
             config.slots,
@@ -125,31 +135,31 @@ def report(model: torch.nn.Module, config: MoEPrefetchConfig, model_config: Any)
         )
 
 
-def install() -> None:
-    """Wraps `BaseModelLoader.load_model`, the one place every loaded model passes."""
-    load_model = BaseModelLoader.load_model
+def load_into_slots(
+    load_model: Callable[[], torch.nn.Module],
+    loader: BaseModelLoader,
+    vllm_config: Any,
+    model_config: Any,
+    config: MoEPrefetchConfig,
+) -> torch.nn.Module:
+    """Loads a model by `load_model`, stock's, with its experts in slots.
 
-    @functools.wraps(load_model)
-    def load_model_and_report(
-        self: BaseModelLoader, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any
-    ) -> torch.nn.Module:
-        config = MoEPrefetchConfig.from_additional_config(vllm_config.additional_config)
-        if config is None:
-            return load_model(self, vllm_config, model_config, *args, **kwargs)
-        if model_config.using_transformers_backend():
-            install_for_transformers_backend()
-        draft = building(draft=model_config.runner_type == "draft")
-        with draft, _store_for(self, vllm_config, model_config, config) as store:
-            attached = store is not None and store.ready
-            with loading_into(store), nullcontext() if attached else reading_in_windows():
-                model = load_model(self, vllm_config, model_config, *args, **kwargs)
-            # Before the store is completed: an incomplete checkpoint must not become one.
-            check_all([layer.load_coverage for layer in slotted_layers(model)])
-        report(model, config, model_config)
-        guard_worker()
-        return model
-
-    BaseModelLoader.load_model = load_model_and_report
+    Raises:
+        MoEPrefetchError: the slots did not reach every layer, or the checkpoint is incomplete.
+    """
+    layers.install()
+    if model_config.using_transformers_backend():
+        layers.install_for_transformers_backend()
+    draft = building(draft=model_config.runner_type == "draft")
+    with draft, _store_for(loader, vllm_config, model_config, config) as store:
+        attached = store is not None and store.ready
+        with loading_into(store), nullcontext() if attached else reading_in_windows():
+            model = load_model()
+        # Before the store is completed: an incomplete checkpoint must not become one.
+        check_all([layer.load_coverage for layer in slotted_layers(model)])
+    report(model, config, model_config)
+    guard_worker()
+    return model
 
 
 def guard_worker() -> None:
@@ -159,6 +169,8 @@ def guard_worker() -> None:
     What warm-up batches loaded and counted is undone, so that the first request finds the slots as
     loading left them; and reloading weights is refused before anything has changed.
     """
+    require("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model")
+    require("vllm.v1.worker.gpu_worker:Worker.reload_weights")
     from vllm.v1.worker.gpu_worker import Worker
 
     global _guarded
@@ -185,5 +197,7 @@ def guard_worker() -> None:
             )
         reload_weights(self, *args, **kwargs)
 
-    Worker.compile_or_warm_up_model = warm_up_and_reset
-    Worker.reload_weights = refuse_to_reload
+    wrapping.install(
+        wrapping.Wrap(Worker, "compile_or_warm_up_model", warm_up_and_reset),
+        wrapping.Wrap(Worker, "reload_weights", refuse_to_reload),
+    )

@@ -2,13 +2,19 @@
 """Every name of vLLM that this feature wraps, replaces or relies on: one line each. A test resolves
 the table against the installed vLLM, so that an upgrade fails there, with the seam's name."""
 
-from dataclasses import dataclass
-from typing import Literal
+import importlib
+import inspect
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any, Literal
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 SUPPORTED = SpecifierSet(">=0.32,<0.34", prereleases=True)
+
+_0_32 = SpecifierSet("<0.33.dev0", prereleases=True)
+_0_33 = SpecifierSet(">=0.33.dev0", prereleases=True)
 
 _MOE = "vllm.model_executor.layers.fused_moe"
 
@@ -16,13 +22,19 @@ _MOE = "vllm.model_executor.layers.fused_moe"
 @dataclass(frozen=True)
 class Seam:
     """`target` is module:qualname; `parameters` are those we rely on, by name; `in_tree` says what
-    the same feature would do at this place as a patch on vLLM itself."""
+    the same feature would do at this place as a patch on vLLM itself; `versions` are those that
+    have it; a `deferred` one is checked where it is applied, because its import takes long."""
 
     target: str
     kind: Literal["wrapped", "replaced", "relied on"]
     reason: str
     in_tree: str = ""
     parameters: tuple[str, ...] = ()
+    versions: SpecifierSet = SUPPORTED
+    deferred: bool = False
+
+    def applies_to(self, version: str) -> bool:
+        return self.versions.contains(Version(version))
 
 
 SEAMS = (
@@ -72,6 +84,7 @@ SEAMS = (
         "replaced",
         "out-of-tree registry: the transformers backend's own runner",
         "nothing: the factory applies the mixin to routed_experts_cls",
+        deferred=True,
     ),
     Seam(
         "vllm.config.model:ModelConfig.using_transformers_backend",
@@ -83,6 +96,14 @@ SEAMS = (
         "wrapped",
         "undoes what warm-up batches loaded and counted (GPU workers of a slotted model only)",
         "one call at the end of this method",
+        deferred=True,
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_worker:Worker.reload_weights",
+        "wrapped",
+        "refuses to reload a slotted model, before anything has changed",
+        "a check at the beginning of this method",
+        deferred=True,
     ),
     Seam(
         f"{_MOE}.experts.triton_moe:TritonExperts.apply",
@@ -147,6 +168,33 @@ SEAMS = (
         ("expert_id",),
     ),
     Seam(
+        f"{_MOE}.config:FusedMoEConfig.require_decomposed_backend",
+        "relied on",
+        "set on a slotted layer's configuration: no kernel may route by itself",
+        versions=_0_33,
+    ),
+    Seam(
+        f"{_MOE}.modular_kernel:FusedMoEExperts.post_gemm2_hook",
+        "relied on",
+        "must be unset where waves sum over top-k themselves",
+        versions=_0_33,
+    ),
+    Seam(
+        f"{_MOE}.modular_kernel:FusedMoEKernel.fused_experts",
+        "relied on",
+        "the experts object that a layer's slots are given to on a GPU",
+    ),
+    Seam(
+        f"{_MOE}.unquantized_fused_moe_method:UnquantizedFusedMoEMethod.experts_cls",
+        "relied on",
+        "says which kernel a layer has, and is set to ours on a GPU (set in __init__)",
+    ),
+    Seam(
+        f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase.moe_kernel",
+        "relied on",
+        "holds the experts object (set in __init__)",
+    ),
+    Seam(
         f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase.moe_quant_config",
         "relied on",
         "searched for per-expert tensors that slots could not follow (set in __init__)",
@@ -207,6 +255,11 @@ SEAMS = (
         "safetensors_weights_iterator maps a file anew after so many bytes",
     ),
     Seam(
+        "vllm.model_executor.model_loader:_LOAD_FORMAT_TO_MODEL_LOADER",
+        "relied on",
+        "tells a loader class with a load_model of its own, which the slots would not reach",
+    ),
+    Seam(
         "vllm.model_executor.model_loader.base_loader:BaseModelLoader.download_model",
         "relied on",
         "brings a checkpoint here before a shared store is named after its files",
@@ -249,16 +302,43 @@ SEAMS = (
         "vllm.v1.core.kv_cache_utils:get_kv_cache_groups",
         "relied on",
         "groups the KV cache as the engine does",
+        versions=_0_32,
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_planning:get_kv_cache_groups_from_builder",
+        "relied on",
+        "groups the KV cache as the engine does",
+        versions=_0_33,
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_config_builder:get_kv_cache_config_builder",
+        "relied on",
+        "the platform's way to do that",
+        versions=_0_33,
     ),
     Seam(
         "vllm.v1.core.kv_cache_utils:_max_memory_usage_bytes_from_groups",
         "relied on",
         "the KV cache of one sequence, as vLLM's own check counts it",
+        versions=_0_32,
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_planning:_max_memory_usage_bytes_from_groups",
+        "relied on",
+        "the KV cache of one sequence, as vLLM's own check counts it",
+        versions=_0_33,
     ),
     Seam(
         "vllm.v1.core.kv_cache_utils:_pool_bytes_per_block",
         "relied on",
         "one block of it",
+        versions=_0_32,
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_planning:_pool_bytes_per_block_from_builder",
+        "relied on",
+        "one block of it",
+        versions=_0_33,
     ),
     Seam(
         "vllm.platforms.interface:Platform.update_block_size_for_backend",
@@ -290,6 +370,79 @@ SEAMS = (
         "clears vLLM's own metrics by `_name`, which a collector does not have",
     ),
 )
+
+
+def resolve(target: str) -> Any:
+    """The object that a seam names; for a field or an attribute set in `__init__`, its class.
+
+    Raises:
+        AttributeError, ImportError: it is not there.
+    """
+    module, _, qualname = target.partition(":")
+    value = importlib.import_module(module)
+    for name in qualname.split("."):
+        if is_dataclass(value) and name in {field.name for field in fields(value)}:
+            return value
+        if inspect.isclass(value) and not hasattr(value, name):
+            if f"self.{name}" not in inspect.getsource(value):
+                raise AttributeError(f"{value.__name__} has no {name}")
+            return value
+        value = getattr(value, name)
+    return value
+
+
+def missing(seam: Seam) -> str | None:
+    """What of a seam the installed vLLM lacks, or None."""
+    try:
+        value = resolve(seam.target)
+        parameters = inspect.signature(value).parameters if seam.parameters else {}
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
+        return str(error)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    lost = [name for name in seam.parameters if name not in parameters]
+    return f"it takes no {', '.join(lost)}" if lost else None
+
+
+@cache
+def first_broken(at_start: bool = False) -> str | None:
+    """Why slots cannot run on this vLLM although its version is supported, or None.
+
+    Args:
+        at_start: only what is wrapped in every process, whether slots are asked for or not.
+    """
+    import vllm
+
+    for seam in SEAMS:
+        if seam.deferred or (at_start and seam.kind != "wrapped"):
+            continue
+        if seam.applies_to(vllm.__version__) and (lack := missing(seam)):
+            return not_as_known(f"{seam.target}: {lack}")
+    return None
+
+
+def require(target: str) -> None:
+    """Checks a deferred seam, where it is applied.
+
+    Raises:
+        MoEPrefetchError: it is not as we know it.
+    """
+    from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+
+    (seam,) = [seam for seam in SEAMS if seam.target == target]
+    if lack := missing(seam):
+        raise MoEPrefetchError(not_as_known(f"{target}: {lack}"))
+
+
+def not_as_known(what: str) -> str:
+    """Why slots cannot run on a vLLM that has been changed."""
+    import vllm
+
+    return (
+        f"expert slots do not know this vLLM {vllm.__version__} ({what}): install a released one "
+        f"of {SUPPORTED}, disable the plugin that changed it with VLLM_PLUGINS, or serve without "
+        "--moe-gpu-prefetch."
+    )
 
 
 def unsupported_version() -> str | None:

@@ -30,6 +30,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.device_slots import (
     DeviceStep,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.rank_map import RankMap
+from vllm.model_executor.layers.fused_moe.expert_slots.versions import reduces_by_hook
 
 _COMPUTE_TYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -123,6 +124,7 @@ class SlottedTritonExperts(TritonExperts):
                 )
             return
 
+        assert not reduces_by_hook(self)
         tokens, top_k = topk_ids.shape
         rows, width, hidden = tokens * top_k, w1.shape[1], w2.shape[1]
         scratch = workspace2.flatten()

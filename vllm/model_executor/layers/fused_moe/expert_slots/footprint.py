@@ -22,13 +22,13 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 from vllm.model_executor.layers.fused_moe.expert_slots.host_store import per_expert_parameters
 from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import Footprint, MoELayer
+from vllm.model_executor.layers.fused_moe.expert_slots.versions import kv_cache_bytes
 
 _GROUPS = ("_WORLD", "_TP", "_ETP", "_PP", "_DP", "_EP", "_EPLB", "_PCP", "_DCP")
 
@@ -107,8 +107,7 @@ def _moe_layer(layer: RoutedExperts) -> MoELayer:
 
 
 def _kv_cache_bytes(vllm_config: VllmConfig) -> tuple[int, int]:
-    """KV cache of one sequence of `max_model_len`, and of one block, as vLLM's own check at
-    start-up counts them."""
+    """KV cache of one sequence of `max_model_len`, and of one block."""
     current_platform.update_block_size_for_backend(vllm_config)
     specs = get_kv_cache_spec(vllm_config)
     if not specs:
@@ -117,11 +116,7 @@ def _kv_cache_bytes(vllm_config: VllmConfig) -> tuple[int, int]:
     layouts = WorkerBase.get_supported_kv_cache_layouts(worker)
     vllm_config.cache_config.kv_cache_layout = None
     resolve_kv_cache_layout(vllm_config, [layouts], specs.values())
-    groups = kv_cache_utils.get_kv_cache_groups(vllm_config, specs)
-    return (
-        kv_cache_utils._max_memory_usage_bytes_from_groups(vllm_config, groups),
-        kv_cache_utils._pool_bytes_per_block(vllm_config, groups),
-    )
+    return kv_cache_bytes(vllm_config, specs)
 
 
 def _activation_bytes(vllm_config: VllmConfig, layers: list[RoutedExperts]) -> int:

@@ -38,6 +38,10 @@ from vllm.model_executor.layers.fused_moe.expert_slots.rank_map import RankMap
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import SharedStore
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import current as shared_store
 from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
+from vllm.model_executor.layers.fused_moe.expert_slots.versions import (
+    keep_routing_apart,
+    moe_op_tags,
+)
 
 logger = init_logger(__name__)
 
@@ -130,6 +134,11 @@ class ExpertSlotsMixin(_Layer):
         for parameter in self.parameters(recurse=False):
             if getattr(getattr(parameter, "weight_loader", None), "__self__", None) is self:
                 parameter.weight_loader = self.weight_loader
+
+    @property
+    def awaits_slots(self) -> bool:
+        """Whether the layer was armed and its weights have not been processed since."""
+        return self.load_coverage is not None and self.slots is None
 
     def _refuse_unless_slottable(self) -> None:
         parallel = self.moe_config.moe_parallel_config
@@ -285,6 +294,7 @@ class SlottedRoutedExperts(ExpertSlotsMixin, RoutedExperts):
         self, layer_name: str, params_dtype: torch.dtype, moe_config: Any, *args: Any, **kwargs: Any
     ):
         if _slots_wanted():
+            keep_routing_apart(moe_config)
             if current_platform.is_cuda() and moe_config.moe_backend == "auto":
                 moe_config.moe_backend = "triton"
             # Experts are created in host memory; the full set never exists on the device.
@@ -310,9 +320,19 @@ def _slots_wanted() -> bool:
 
 
 def slotted(routed_experts: RoutedExperts) -> None:
-    """Gives slots to a layer whose model brings its own `RoutedExperts` subclass."""
+    """Gives slots to a layer whose model brings its own `RoutedExperts` subclass.
+
+    Raises:
+        MoEPrefetchError: the class changes expert ids itself, after the slots would have.
+    """
     cls = type(routed_experts)
     if not isinstance(routed_experts, ExpertSlotsMixin) and _slots_wanted():
+        if cls.forward_modular is not RoutedExperts.forward_modular:
+            raise MoEPrefetchError(
+                f"--moe-gpu-prefetch cannot serve layer {routed_experts.layer_name}: "
+                f"{cls.__module__}.{cls.__name__} works on the router's choices in a "
+                "forward_modular of its own. Serve this model without --moe-gpu-prefetch."
+            )
         routed_experts.__class__ = type(f"Slotted{cls.__name__}", (ExpertSlotsMixin, cls), {})
         routed_experts.adopt_expert_slots()
 
@@ -342,5 +362,5 @@ direct_register_custom_op(
     op_name="moe_expert_slots",
     op_func=_moe_expert_slots,
     fake_impl=_moe_expert_slots_fake,
-    tags=(torch.Tag.needs_fixed_stride_order,),
+    tags=moe_op_tags(),
 )

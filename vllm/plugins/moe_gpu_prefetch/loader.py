@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loader seam: the one place that every loaded model passes, in whatever process."""
+
+import functools
+from typing import Any
+
+import torch
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from vllm.model_executor.layers.fused_moe.expert_slots.config import (
+    MoEPrefetchConfig,
+    MoEPrefetchError,
+)
+from vllm.plugins.moe_gpu_prefetch.compatibility import another_plugin
+from vllm.plugins.moe_gpu_prefetch.wrapping import Wrap
+
+
+def wraps() -> tuple[Wrap, ...]:
+    """`BaseModelLoader.load_model`, with slots where they were asked for."""
+    load_model = BaseModelLoader.load_model
+
+    @functools.wraps(load_model)
+    def load_model_into_slots(
+        self: BaseModelLoader, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any
+    ) -> torch.nn.Module:
+        def stock() -> torch.nn.Module:
+            return load_model(self, vllm_config, model_config, *args, **kwargs)
+
+        config = MoEPrefetchConfig.from_additional_config(vllm_config.additional_config)
+        if config is None:
+            return stock()
+        if reason := another_plugin():
+            raise MoEPrefetchError(reason)
+        from vllm.plugins.moe_gpu_prefetch.loading import load_into_slots
+
+        return load_into_slots(stock, self, vllm_config, model_config, config)
+
+    return (Wrap(BaseModelLoader, "load_model", load_model_into_slots),)
