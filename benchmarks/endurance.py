@@ -44,6 +44,9 @@ ENVIRONMENT = {
 RSS_GROWTH = 0.01
 """Some three times what stock moves by; about two kilobytes for every request of ten minutes."""
 
+SETTLED_S = 3
+"""After the last request: its connection is closed, its blocks are free."""
+
 OTHER_CONNECTIONS = 8
 """Those that a client has closed and the server not yet."""
 
@@ -63,6 +66,7 @@ class Findings:
     seconds: float
     idle: Vitals
     samples: list[Vitals]
+    end: Vitals
     metrics: dict[str, float]
     faults: list[str]
 
@@ -95,9 +99,11 @@ async def endure(
     async with watching(server) as samples:
         await load.run(seconds)
     took = time.monotonic() - begin
-    after = server.metrics()
+    await asyncio.sleep(SETTLED_S)
+    after, end = server.metrics(), vitals(server)
     moved = {name: value - before.get(name, 0) for name, value in after.items()}
-    findings = Findings(load.tally, warm_up + took, idle, samples, moved, list(load.tally.wrong))
+    wrong = list(load.tally.wrong)
+    findings = Findings(load.tally, warm_up + took, idle, samples, end, moved, wrong)
     findings.faults += _vitals_faults(findings, clients) + await _idle_faults(server, expected)
     if any(name.startswith("vllm:moe_prefetch") for name in after):
         findings.faults += _slots_faults(server)
@@ -109,10 +115,9 @@ def _vitals_faults(findings: Findings, clients: int) -> list[str]:
     grown, begin = growth(findings.rss), findings.rss[0]
     if grown > RSS_GROWTH * begin:
         faults.append(f"memory grew by {grown:,} bytes from {begin:,}")
-    if growth(findings.descriptors) > clients // 8:
-        faults.append(f"open descriptors grew: {findings.descriptors}")
-    if max(findings.descriptors) > findings.idle.descriptors + clients + OTHER_CONNECTIONS:
-        faults.append(f"{max(findings.descriptors)} descriptors, {findings.idle.descriptors} idle")
+    idle, most, end = findings.idle.descriptors, max(findings.descriptors), findings.end.descriptors
+    if most > idle + clients + OTHER_CONNECTIONS or end > idle:
+        faults.append(f"descriptors: {idle} before, at most {most}, {end} afterwards")
     return faults
 
 
@@ -177,7 +182,7 @@ def table(arms: dict[str, Findings], clients: int) -> Table:
     row("RSS growth", [f"{growth(f.rss) / f.rss[0]:+.2%}" for f in every])
     row("descriptors idle", [f.idle.descriptors for f in every])
     row("descriptors under load, at most", [max(f.descriptors) for f in every])
-    row("descriptor growth", [growth(f.descriptors) for f in every])
+    row("descriptors afterwards", [f.end.descriptors for f in every])
     row("faults", [len(f.faults) for f in every])
     return result
 

@@ -200,7 +200,8 @@ class Load:
             try:
                 await self._one(http, chance)
             except Exception as error:
-                self.tally.wrong.append(f"client {number}: {type(error).__name__}: {error}")
+                cause = error.__cause__ or error
+                self.tally.wrong.append(f"client {number}: {error}: {cause!r}")
 
     async def _one(self, http: httpx.AsyncClient, chance: random.Random) -> None:
         tally, expected, share = self.tally, self._expected, chance.random()

@@ -38,9 +38,9 @@ class Server:
 
     def http(self, connections: int = 100) -> httpx.AsyncClient:
         """For many requests at once, over at most so many connections."""
-        # The server closes a connection that is idle for 5 s, which is httpx's own limit too: a
-        # request that just then takes one out of the pool would be lost.
-        limits = httpx.Limits(max_connections=connections, keepalive_expiry=2)
+        # One request a connection: the server closes an idle one at a moment of its choosing, and a
+        # request that is sent just then is lost.
+        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=0)
         return httpx.AsyncClient(base_url=self.url, limits=limits, timeout=120)
 
     def async_client(self, http: httpx.AsyncClient) -> AsyncOpenAI:
@@ -55,6 +55,11 @@ class Server:
             return [root, *root.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
+
+    def counter_directories(self) -> set[Path]:
+        """Those of expert slots that its processes have mapped."""
+        maps = [area.path for process in self.tree() for area in process.memory_maps()]
+        return {Path(path).parent for path in maps if "/vllm-expert-slots-" in path}
 
     def healthy(self) -> bool:
         return _healthy(self.url)
@@ -79,6 +84,15 @@ class Server:
                 name = line.split("{")[0].split()[0]
                 totals[name] = totals.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
         return totals
+
+
+def alive(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Those that have not ended, waited for or not."""
+    return [
+        process
+        for process in processes
+        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    ]
 
 
 def _free_port() -> int:
