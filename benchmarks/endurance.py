@@ -51,12 +51,13 @@ OTHER_CONNECTIONS = 8
 """Those that a client has closed and the server not yet."""
 
 NOTES = (
-    "Wrong: a finished answer whose tokens, text and reason to end are not those that stock gave to",
-    "the request alone; a closed stream that is no beginning of it; a malformed request whose status",
-    "is not stock's. RSS and descriptors: sums over the server's processes; growth from the median",
-    "of the first quarter of the samples to that of the last. Faults: any of these, or memory that",
-    f"grew by more than {RSS_GROWTH:.0%}, a descriptor left open, or, once idle: /health, requests",
-    "or blocks still held, an answer that is not stock's, tables, slots or counters that do not agree.",
+    "Wrong: a finished answer whose tokens, text and reason to end are not those that stock gave",
+    "to the request alone; a closed stream that is no beginning of it; a malformed request whose",
+    "status is not stock's. RSS and descriptors: sums over the server's processes; growth from the",
+    "median of the first quarter of the samples to that of the last. Faults: any of these, memory",
+    f"that grew by more than {RSS_GROWTH:.0%}, a descriptor left open; or, once idle: /health,",
+    "requests or blocks still held, an answer that is not stock's, tables, slots or counters that",
+    "do not agree.",
 )
 
 console = Console()
