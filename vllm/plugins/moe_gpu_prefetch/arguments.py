@@ -42,10 +42,10 @@ def _options(value: str) -> dict[str, Any]:
     try:
         options = json.loads(value)
         MoEPrefetchConfig.validated(1, options)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{value!r} is not JSON: {error}") from None
     except MoEPrefetchError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{value!r} is not JSON: {error}") from None
     return options
 
 
@@ -66,9 +66,17 @@ def _add_group(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    merged = dict(getattr(args, "additional_config", None) or {})
-    for key in (SLOTS_KEY, OPTIONS_KEY):
-        value = getattr(args, key, None)
+    given = {key: getattr(args, key, None) for key in (SLOTS_KEY, OPTIONS_KEY)}
+    additional = getattr(args, "additional_config", None)
+    if all(value is None for value in given.values()):
+        return
+    if not isinstance(additional, dict | None):
+        raise MoEPrefetchError(
+            f"--additional-config {additional!r} has no room for --moe-gpu-prefetch: make it a "
+            "JSON object, or drop one of the two."
+        )
+    merged = dict(additional or {})
+    for key, value in given.items():
         if value is None:
             continue
         if merged.get(key, value) != value:
@@ -77,8 +85,7 @@ def _merge(args: argparse.Namespace) -> None:
                 f"{key}={merged[key]!r}; give one of the two."
             )
         merged[key] = value
-    if merged:
-        args.additional_config = merged
+    args.additional_config = merged
 
 
 def _show_refusals_in_one_line() -> None:

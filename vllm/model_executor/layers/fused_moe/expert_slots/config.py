@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the user asked for: one validated object, carried by `VllmConfig.additional_config`."""
 
+import os
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from vllm.config.utils import config
 
 SLOTS_KEY = "moe_gpu_prefetch"
@@ -13,6 +14,13 @@ OPTIONS_KEY = "moe_gpu_prefetch_config"
 
 class MoEPrefetchError(ValueError):
     """The request cannot be served; the message says what was asked, why not, and the way out."""
+
+
+def _usable_as_path(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("a path has no NUL in it")
+    os.fsencode(text)
+    return text
 
 
 @config
@@ -29,18 +37,18 @@ class MoEPrefetchConfig:
     """Which resident expert is evicted first: `lru`, the one needed longest ago; `lfu`, the one
     needed least often, counts decaying with `lfu_half_life`."""
 
-    lfu_half_life: int = Field(default=128, ge=1, le=1 << 20)
+    lfu_half_life: int = Field(default=128, ge=1, le=1 << 20, strict=True)
     """For `lfu`: the number of steps of a layer after which a count is worth half."""
 
-    draft_slots: Annotated[int, Field(ge=1)] | None = None
+    draft_slots: Annotated[int, Field(ge=1, strict=True)] | None = None
     """In speculative decoding, the number of expert slots per MoE layer of the draft model or of
     the MTP layers. Not given: as many as the model's own."""
 
-    host_memory_reserve: Annotated[float, Field(ge=0)] | None = None
+    host_memory_reserve: Annotated[float, Field(ge=0, le=1 << 30, strict=True)] | None = None
     """GiB of host memory that the experts must leave available, else the start is refused. Not
     given: 8 GiB or a tenth of the memory, whichever is more."""
 
-    shared_store: str | None = None
+    shared_store: Annotated[str, Field(min_length=1), AfterValidator(_usable_as_path)] | None = None
     """A directory in shared memory, for example /dev/shm/expert-stores, where the experts of a
     checkpoint are kept once for all servers of this machine and for the next start. Not given:
     every server has its own copy."""
@@ -60,13 +68,13 @@ class MoEPrefetchConfig:
         slots = additional_config.get(SLOTS_KEY)
         options = additional_config.get(OPTIONS_KEY)
         if slots is None:
-            if options:
+            if options is not None and options != {}:
                 raise MoEPrefetchError(
                     f"{OPTIONS_KEY}={options!r} was given without {SLOTS_KEY}. "
                     "Add --moe-gpu-prefetch N, or drop the options."
                 )
             return None
-        return cls.validated(slots, options or {})
+        return cls.validated(slots, {} if options is None else options)
 
     def slots_of(self, draft: bool) -> int | Literal["auto"]:
         """Slots per MoE layer of the model, or of its draft."""
@@ -81,16 +89,14 @@ class MoEPrefetchConfig:
                 f"--moe-gpu-prefetch {slots!r}: the number of expert slots per MoE layer must be "
                 "an integer of at least 1, or auto."
             )
-        if not isinstance(options, dict) or "slots" in options:
+        if not isinstance(options, dict) or not options.keys() <= set(_OPTIONS):
             raise MoEPrefetchError(
                 f"--moe-gpu-prefetch-config {options!r}: expected a JSON object with keys of "
                 f"{', '.join(_OPTIONS)}; the slot count goes to --moe-gpu-prefetch."
             )
         try:
             return cls(slots=slots, **options)  # type: ignore[call-arg]
-        except (ValidationError, TypeError) as error:
-            if not isinstance(error, ValidationError):
-                raise MoEPrefetchError(f"--moe-gpu-prefetch-config: {error}") from None
+        except ValidationError as error:
             reasons = "; ".join(
                 f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors()
             )

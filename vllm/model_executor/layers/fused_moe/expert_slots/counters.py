@@ -7,9 +7,11 @@ a reader sees the totals as they are, without asking the engine.
 """
 
 import atexit
+import fcntl
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,15 +42,39 @@ SIZES = {
 _FIELDS = [*TOTALS, *SIZES]
 
 
+_PREFIX, _LOCK = "vllm-expert-slots-", "lock"
+
+
 def open_counters_directory() -> Path:
     """Makes the directory of one engine's counter files and names it in the environment, which
-    the engine's processes inherit. It is removed when this process ends."""
+    the engine's processes inherit. It is removed when this process ends; if this process is
+    killed, when the next one makes its own."""
     # Shared memory where there is any: a GPU can only map files that have no disk behind them.
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    directory = tempfile.mkdtemp(prefix="vllm-expert-slots-", dir=memory)
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+    _remove_abandoned(Path(place))
+    directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+    _hold(directory)
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    os.environ[DIRECTORY_VARIABLE] = directory
-    return Path(directory)
+    os.environ[DIRECTORY_VARIABLE] = str(directory)
+    return directory
+
+
+def _hold(directory: Path) -> None:
+    """Locks `directory` until this process and all that it forked have ended."""
+    unlocked = directory / "unlocked"
+    fcntl.flock(os.open(unlocked, os.O_RDWR | os.O_CREAT, 0o600), fcntl.LOCK_EX)
+    unlocked.rename(directory / _LOCK)
+
+
+def _remove_abandoned(place: Path) -> None:
+    for path in place.glob(f"{_PREFIX}*/{_LOCK}"):
+        with suppress(OSError):
+            lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path.parent)
+            finally:
+                os.close(lock)
 
 
 class SlotCounters:
