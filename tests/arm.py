@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,19 @@ class Arm:
     counters: list[dict[str, dict[str, int]]]
     residency: list[dict[str, list[int]]]
     metrics: dict[str, float]
-
-    def total(self, name: str) -> int:
-        return sum(layer[name] for rank in self.counters for layer in rank.values())
+    log: str
 
 
-def run_arm(checkpoint: Path, answer: Path, **options: Any) -> Arm:
-    """Answers `engine.PROMPTS` on an engine of `engine.start(checkpoint, **options)`; `answer` is
-    the file that carries what came out.
+def run_arm(
+    checkpoint: Path, answer: Path, environment: dict[str, str] | None = None, **options: Any
+) -> Arm:
+    """Answers `prompts`, by default `engine.PROMPTS`, with `tokens` each on an engine of
+    `engine.start(checkpoint, **options)`; `answer` is the file that carries what came out.
 
     Raises:
         RuntimeError: the engine did not start or end well; carries the end of its log.
     """
-    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1", **(environment or {})}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     result = subprocess.run(
         [sys.executable, __file__, str(checkpoint), str(answer), json.dumps(options)],
@@ -44,23 +44,24 @@ def run_arm(checkpoint: Path, answer: Path, **options: Any) -> Arm:
     )
     if result.returncode != 0:
         raise RuntimeError(result.stdout[-6000:])
-    return Arm(**json.loads(answer.read_text()))
+    return Arm(**json.loads(answer.read_text()), log=result.stdout)
 
 
 def main(checkpoint: str, answer: str, options: str) -> None:
     from engine import PROMPTS, answers, sampling, start
 
     arguments = json.loads(options)
+    prompts, tokens = arguments.pop("prompts", PROMPTS), arguments.pop("tokens", 12)
     llm = start(Path(checkpoint), disable_log_stats=False, **arguments)
-    outputs = answers(llm.generate(PROMPTS, sampling(12), use_tqdm=False))
+    outputs = answers(llm.generate(prompts, sampling(tokens), use_tqdm=False))
     slotted = "slots" in arguments
-    arm = Arm(
-        outputs=outputs,
-        counters=llm.collective_rpc("expert_slot_counters") if slotted else [],
-        residency=llm.collective_rpc("expert_slot_residency") if slotted else [],
-        metrics={m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")},
-    )
-    Path(answer).write_text(json.dumps(asdict(arm)))
+    found = {
+        "outputs": outputs,
+        "counters": llm.collective_rpc("expert_slot_counters") if slotted else [],
+        "residency": llm.collective_rpc("expert_slot_residency") if slotted else [],
+        "metrics": {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")},
+    }
+    Path(answer).write_text(json.dumps(found))
     llm.llm_engine.engine_core.shutdown()
 
 

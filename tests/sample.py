@@ -9,12 +9,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     DbrxConfig,
     DbrxForCausalLM,
     Gemma4TextConfig,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     PreTrainedConfig,
@@ -213,6 +215,36 @@ def make_dbrx(directory: Path) -> Path:
         },
     )
     return write(directory, DbrxForCausalLM, config)
+
+
+def make_with_mtp(directory: Path) -> Path:
+    """A GLM-4-MoE, 16 experts top-2 in two of three layers, with one MTP layer. transformers does
+    not write MTP layers; this one is the last layer once more, with what joins it to the model."""
+    hidden = COMMON["hidden_size"]
+    config = Glm4MoeConfig(
+        **COMMON,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        head_dim=32,
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        n_routed_experts=16,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+    )
+    write(directory, Glm4MoeForCausalLM, config)
+    tensors = load_file(directory / "model.safetensors")
+    last = {n: t for n, t in tensors.items() if n.startswith("model.layers.2.")}
+    mtp = {n.replace("layers.2.", "layers.3."): t.clone() for n, t in last.items()}
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        mtp[f"model.layers.3.{name}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    mtp["model.layers.3.eh_proj.weight"] = torch.randn(hidden, 2 * hidden).bfloat16() * 0.1
+    mtp["model.layers.3.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    mtp["model.layers.3.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors | mtp, directory / "model.safetensors", {"format": "pt"})
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_nextn_predict_layers": 1}))
+    return directory
 
 
 def make_gemma_config(directory: Path) -> Path:

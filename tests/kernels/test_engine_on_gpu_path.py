@@ -5,23 +5,24 @@ platform's answers and the functions of vLLM's CUDA library are stood in for."""
 import mmap
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda_library import stand_in_for_cuda_library
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-from vllm.model_executor.layers.fused_moe.oracle import unquantized
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent
+GPU_PATH = HERE / "gpu_path"
+sys.path[:0] = [str(HERE.parent), str(GPU_PATH)]
+from arm import run_arm
 from engine import moe_layers, start
+from gpu_path import stand_in
 from sample import make_checkpoint
 
-from vllm.model_executor.layers.fused_moe.expert_slots import device_slots, pinning, routed_experts
 from vllm.model_executor.layers.fused_moe.expert_slots.device_slots import DeviceSlotManager
 from vllm.model_executor.layers.fused_moe.expert_slots.experts import SlottedTritonExperts
 
 EXPERTS, TOP_K, LAYERS = 16, 2, 2
+PROMPTS = ["You may reproduce and distribute", "a"]
 
 
 @pytest.fixture(scope="module")
@@ -33,27 +34,14 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def gpu_code(monkeypatch):
-    """Stock picks its Triton kernel; our layer believes it is on CUDA; nothing is pinned."""
-    stand_in_for_cuda_library(monkeypatch)
-    monkeypatch.setattr(
-        unquantized,
-        "_get_priority_backends",
-        lambda _: [unquantized.UnquantizedMoeBackend.TRITON],
-    )
-    monkeypatch.setattr(TritonExperts, "_supports_current_device", staticmethod(lambda: True))
-    cuda = SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False)
-    monkeypatch.setattr(routed_experts, "current_platform", cuda)
-    monkeypatch.setattr(pinning, "pin", lambda tensor: None)
-    monkeypatch.setattr(device_slots, "_GATHER_PROGRAMS", 2)
+    stand_in(monkeypatch)
 
 
 def answers(checkpoint, **options):
     from engine import answers, sampling
 
     llm = start(checkpoint, max_model_len=64, max_num_batched_tokens=32, **options)
-    outputs = llm.generate(
-        ["You may reproduce and distribute", "a"], [sampling(3), sampling(4)], use_tqdm=False
-    )
+    outputs = llm.generate(PROMPTS, [sampling(3), sampling(4)], use_tqdm=False)
     return answers(outputs), moe_layers(llm)
 
 
@@ -79,3 +67,28 @@ def test_the_engine_equals_stock(checkpoint, slots, policy):
             assert torch.equal(getattr(layer, name).data, home[residents])
     assert sum(layer.slots.counters.overflow_steps for layer in layers) > 0
     assert slotted == stock
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("placement", ["linear", "round_robin"])
+def test_two_ranks_of_expert_parallelism_equal_stocks(checkpoint, tmp_path, placement):
+    """Two processes hold eight of the sixteen experts each, slots for four of them, and answer with
+    the bits of stock's two. (Stock's CPU kernels know no expert parallelism.)"""
+    options = {
+        "environment": {"PYTHONPATH": str(GPU_PATH), "TRITON_INTERPRET": "1"},
+        "prompts": PROMPTS,
+        "tokens": 3,
+        "max_model_len": 64,
+        "max_num_batched_tokens": 32,
+        "tensor_parallel_size": 2,
+        "enable_expert_parallel": True,
+        "expert_placement_strategy": placement,
+    }
+    stock = run_arm(checkpoint, tmp_path / "stock.json", **options)
+    slotted = run_arm(checkpoint, tmp_path / "slots.json", slots=4, **options)
+    assert slotted.outputs == stock.outputs
+    for rank in slotted.counters:
+        assert len(rank) == LAYERS
+        for layer in rank.values():
+            assert layer["slots"] == 4 and layer["loads"] > 0
+            assert layer["store_bytes"] == 8 * 3 * 32 * 128 * 2

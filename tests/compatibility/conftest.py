@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+from arm import run_arm
+
+
+@pytest.fixture(scope="module")
+def stock_arm(tmp_path_factory):
+    """Stock's answers with some options, asked once."""
+    answers = tmp_path_factory.mktemp("stock")
+    known = {}
+
+    def ask(checkpoint, **options):
+        key = repr((checkpoint, options))
+        if key not in known:
+            known[key] = run_arm(checkpoint, answers / f"{len(known)}.json", **options)
+        return known[key]
+
+    return ask
