@@ -10,12 +10,11 @@ import pytest
 import torch
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 
-HERE = Path(__file__).resolve().parent
-GPU_PATH = HERE / "gpu_path"
-sys.path[:0] = [str(HERE.parent), str(GPU_PATH)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().with_name("gpu_path")))
+import gpu_path
 from arm import run_arm
 from engine import moe_layers, start
-from gpu_path import stand_in
 from sample import make_checkpoint
 
 from vllm.model_executor.layers.fused_moe.expert_slots.device_slots import DeviceSlotManager
@@ -34,7 +33,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def gpu_code(monkeypatch):
-    stand_in(monkeypatch)
+    gpu_path.stand_in(monkeypatch)
 
 
 def answers(checkpoint, **options):
@@ -72,11 +71,15 @@ def test_the_engine_equals_stock(checkpoint, slots, policy):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("placement", ["linear", "round_robin"])
 def test_two_ranks_of_expert_parallelism_equal_stocks(checkpoint, tmp_path, placement):
-    """Two processes hold eight of the sixteen experts each, slots for four of them, and answer with
+    """Two processes hold eight of the sixteen experts each, two in slots, and answer with
     the bits of stock's two. (Stock's CPU kernels know no expert parallelism.)"""
     options = {
-        "environment": {"PYTHONPATH": str(GPU_PATH), "TRITON_INTERPRET": "1"},
-        "prompts": PROMPTS,
+        "environment": {
+            "PYTHONPATH": str(Path(gpu_path.__file__).parent),
+            "TRITON_INTERPRET": "1",
+            "TORCHDYNAMO_DISABLE": "1",  # inductor would ask the interpreter for a target
+        },
+        "prompts": [3 * PROMPTS[0], "a"],
         "tokens": 3,
         "max_model_len": 64,
         "max_num_batched_tokens": 32,
@@ -85,10 +88,11 @@ def test_two_ranks_of_expert_parallelism_equal_stocks(checkpoint, tmp_path, plac
         "expert_placement_strategy": placement,
     }
     stock = run_arm(checkpoint, tmp_path / "stock.json", **options)
-    slotted = run_arm(checkpoint, tmp_path / "slots.json", slots=4, **options)
+    slotted = run_arm(checkpoint, tmp_path / "slots.json", slots=2, **options)
     assert slotted.outputs == stock.outputs
     for rank in slotted.counters:
         assert len(rank) == LAYERS
-        for layer in rank.values():
-            assert layer["slots"] == 4 and layer["loads"] > 0
-            assert layer["store_bytes"] == 8 * 3 * 32 * 128 * 2
+        assert {layer["slots"] for layer in rank.values()} == {2}
+        assert {layer["store_bytes"] for layer in rank.values()} == {8 * 3 * 32 * 128 * 2}
+        assert sum(layer["loads"] for layer in rank.values()) > 0
+        assert sum(layer["overflow_steps"] for layer in rank.values()) > 0

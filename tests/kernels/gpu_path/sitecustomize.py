@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In every process that finds this directory on its path: vLLM keeps triton, whose interpreter needs
-no driver, although no driver is active."""
+"""In every process that finds this directory on its path, vLLM keeps triton although no driver is
+active: the interpreter needs none."""
 
 from types import SimpleNamespace
 

@@ -9,23 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_world_group
-from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import (
-    LayerNameType,
-    _encode_layer_name,
-    _resolve_layer_name,
-    direct_register_custom_op,
-)
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu_experts import (
+    CPU_EXPERTS_CLASSES,
+    slotted_cpu_experts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.host_store import (
     ExpertStore,
@@ -38,22 +35,9 @@ from vllm.model_executor.layers.fused_moe.expert_slots.rank_map import RankMap
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import SharedStore
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import current as shared_store
 from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
-from vllm.model_executor.layers.fused_moe.expert_slots.versions import (
-    keep_routing_apart,
-    moe_op_tags,
-)
+from vllm.model_executor.layers.fused_moe.expert_slots.versions import keep_routing_apart
 
 logger = init_logger(__name__)
-
-CPU_EXPERTS_CLASSES = {
-    "CPUUnquantizedExperts",
-    "X86CPUUnquantizedExperts",
-    "ArmCPUUnquantizedExperts",
-    "PowerCPUUnquantizedExperts",
-}
-"""Kernels of the CPU platform that are known to run on remapped expert ids over N slots and to give
-the same bits. On CUDA the experts class is ours (`experts.py`), in the place of `TritonExperts`."""
-
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts as _Layer
@@ -128,6 +112,8 @@ class ExpertSlotsMixin(_Layer):
             )
 
             self.quant_method.experts_cls = SlottedTritonExperts
+        else:
+            self.quant_method.experts_cls = slotted_cpu_experts(self.quant_method.experts_cls)
         self._process_weights = self.quant_method.process_weights_after_loading
         self.quant_method.process_weights_after_loading = self._process_then_make_slots
         self.quant_method.requires_device_loading = False
@@ -210,11 +196,12 @@ class ExpertSlotsMixin(_Layer):
         manager = manager_class()(
             self.slots_config, buffers, self.layer_name, get_world_group().rank
         )
-        if current_platform.is_cuda():
-            experts = self.quant_method.moe_kernel.fused_experts
-            experts.slots = manager
-            if self.expert_map is not None:
-                experts.rank_map = RankMap(self.expert_map)
+        self.slotted_kernel = self.quant_method.moe_kernel.fused_experts
+        self.slotted_kernel.slots = manager
+        if current_platform.is_cpu():
+            self.slotted_kernel.layer = self
+        elif self.expert_map is not None:
+            self.slotted_kernel.rank_map = RankMap(self.expert_map)
         self.slots = manager
         self.shared_store = None
 
@@ -238,53 +225,6 @@ class ExpertSlotsMixin(_Layer):
         for tensor in tensors.values() if cuda else ():
             pin(tensor, read_only=True)
         return tensors
-
-    def forward_modular(
-        self,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        shared_experts: Any = None,
-        shared_experts_input: torch.Tensor | None = None,
-    ) -> Any:
-        if not isinstance(self.slots, ExpertSlotManager):
-            # Stock, or slots on a GPU: there the experts class decides, behind the same call.
-            return super().forward_modular(
-                x, topk_weights, topk_ids, shared_experts, shared_experts_input
-            )
-        if torch.compiler.is_compiling():
-            # Everything around stays traced as in stock, so that compiled code is the same code.
-            return torch.ops.vllm.moe_expert_slots(
-                x, topk_weights, topk_ids, _encode_layer_name(self.layer_name)
-            )
-        return self.forward_slots(x, topk_weights, topk_ids)
-
-    def forward_slots(
-        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """Runs the stock kernel over the slots.
-
-        Args:
-            x: [tokens, hidden].
-            topk_weights: [tokens, top_k] float32.
-            topk_ids: [tokens, top_k] int32, expert ids of this rank.
-
-        Returns:
-            [tokens, hidden], dtype of `x`.
-        """
-        assert isinstance(self.slots, ExpertSlotManager)
-        if get_forward_context().attn_metadata is None:
-            # A profiling or warm-up run: its rows are nobody's needs.
-            with self.slots.buffers.reading_store():
-                return super().forward_modular(x, topk_weights, topk_ids)
-        plan = self.slots.plan(topk_ids)
-        self.slots.buffers.load(plan.load_experts, plan.load_slots)
-        if not plan.overflow:
-            return super().forward_modular(x, topk_weights, self.slots.remap(topk_ids))
-        # The CPU kernel reduces over top-k itself, so waves could only be summed after rounding.
-        # Slots and store are one memory here: the arithmetic reads the store, which is exact.
-        with self.slots.buffers.reading_store():
-            return super().forward_modular(x, topk_weights, topk_ids)
 
 
 class SlottedRoutedExperts(ExpertSlotsMixin, RoutedExperts):
@@ -335,32 +275,3 @@ def slotted(routed_experts: RoutedExperts) -> None:
             )
         routed_experts.__class__ = type(f"Slotted{cls.__name__}", (ExpertSlotsMixin, cls), {})
         routed_experts.adopt_expert_slots()
-
-
-def _moe_expert_slots(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    layer_name: LayerNameType,
-) -> torch.Tensor:
-    layers = get_forward_context().no_compile_layers
-    return layers[_resolve_layer_name(layer_name)].routed_experts.forward_slots(
-        x, topk_weights, topk_ids
-    )
-
-
-def _moe_expert_slots_fake(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    layer_name: LayerNameType,
-) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-direct_register_custom_op(
-    op_name="moe_expert_slots",
-    op_func=_moe_expert_slots,
-    fake_impl=_moe_expert_slots_fake,
-    tags=moe_op_tags(),
-)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stock's fused-MoE kernels of the CPU platform over slots.
+
+Only the kernel's own call is ours. What stock does around it (weights applied to the input, shared
+experts) stays as it is and stays traced, so that compiled code is the same code.
+"""
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.forward_context import get_forward_context
+from vllm.utils.torch_utils import (
+    LayerNameType,
+    _encode_layer_name,
+    _resolve_layer_name,
+    direct_register_custom_op,
+)
+
+from vllm.model_executor.layers.fused_moe.expert_slots.manager import ExpertSlotManager
+from vllm.model_executor.layers.fused_moe.expert_slots.versions import moe_op_tags
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts as _Stock
+else:
+    _Stock = object
+
+CPU_EXPERTS_CLASSES = {
+    "CPUUnquantizedExperts",
+    "X86CPUUnquantizedExperts",
+    "ArmCPUUnquantizedExperts",
+    "PowerCPUUnquantizedExperts",
+}
+"""Kernels of the CPU platform that are known to run on remapped expert ids over N slots and to give
+the same bits. On CUDA the experts class is ours (`experts.py`), in the place of `TritonExperts`."""
+
+
+class SlottedCPUExperts(_Stock):
+    """Mixed into one of stock's classes by `slotted_cpu_experts`.
+
+    Attributes:
+        slots: the layer's manager, set once its slots are made.
+        layer: the layer, a `RoutedExperts`: its parameters are the slots.
+    """
+
+    slots: ExpertSlotManager | None = None
+    layer: Any = None
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Decides, loads and computes one step of the layer. Arguments as of stock's `apply`."""
+        if torch.compiler.is_compiling():
+            name = _encode_layer_name(self.layer.layer_name)
+            torch.ops.vllm.moe_expert_slots(output, hidden_states, topk_weights, topk_ids, name)
+        else:
+            self.run_step(output, hidden_states, topk_weights, topk_ids)
+
+    def run_step(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+    ) -> None:
+        """Args:
+        output: [tokens, hidden], written.
+        hidden_states: [tokens, hidden].
+        topk_weights: [tokens, top_k] float32.
+        topk_ids: [tokens, top_k] int32, expert ids of this rank.
+        """
+        assert self.slots is not None
+        if get_forward_context().attn_metadata is None:
+            # A profiling or warm-up run: its rows are nobody's needs.
+            with self.slots.buffers.reading_store():
+                self._stock(output, hidden_states, topk_weights, topk_ids)
+            return
+        plan = self.slots.plan(topk_ids)
+        self.slots.buffers.load(plan.load_experts, plan.load_slots)
+        if not plan.overflow:
+            self._stock(output, hidden_states, topk_weights, self.slots.remap(topk_ids))
+            return
+        # The CPU kernel reduces over top-k itself, so waves could only be summed after rounding.
+        # Slots and store are one memory here: the arithmetic reads the store, which is exact.
+        with self.slots.buffers.reading_store():
+            self._stock(output, hidden_states, topk_weights, topk_ids)
+
+    def _stock(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        topk_weights: torch.Tensor,
+        ids: torch.Tensor,
+    ) -> None:
+        super().apply(
+            output=output,
+            hidden_states=hidden_states,
+            w1=self.layer.w13_weight,
+            w2=self.layer.w2_weight,
+            topk_weights=topk_weights,
+            topk_ids=ids,
+            activation=self.layer.activation,
+            global_num_experts=self.layer.global_num_experts,
+            expert_map=None,
+            a1q_scale=None,
+            a2_scale=None,
+            workspace13=output,  # these kernels keep their scratch space themselves
+            workspace2=output,
+            expert_tokens_meta=None,
+            apply_router_weight_on_input=self.layer.apply_router_weight_on_input,
+        )
+
+
+@cache
+def slotted_cpu_experts(stock: type) -> type:
+    """One of stock's CPU experts classes, over slots."""
+    return type(f"Slotted{stock.__name__}", (SlottedCPUExperts, stock), {})
+
+
+def _moe_expert_slots(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    layer_name: LayerNameType,
+) -> None:
+    layers = get_forward_context().no_compile_layers
+    layer = layers[_resolve_layer_name(layer_name)].routed_experts
+    layer.slotted_kernel.run_step(output, hidden_states, topk_weights, topk_ids)
+
+
+def _moe_expert_slots_fake(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    layer_name: LayerNameType,
+) -> None:
+    return
+
+
+direct_register_custom_op(
+    op_name="moe_expert_slots",
+    op_func=_moe_expert_slots,
+    mutates_args=["output"],
+    fake_impl=_moe_expert_slots_fake,
+    tags=moe_op_tags(),
+)
