@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AriaConfig,
+    AriaForConditionalGeneration,
+    AriaTextConfig,
     DbrxConfig,
     DbrxForCausalLM,
     Gemma4TextConfig,
@@ -27,6 +30,8 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
+from transformers.models.aria.processing_aria import AriaProcessor
 from transformers.utils.logging import disable_progress_bar
 
 TEXT = Path(__file__).resolve().parent.parent / "LICENSE"
@@ -244,6 +249,45 @@ def make_with_mtp(directory: Path) -> Path:
     save_file(tensors | mtp, directory / "model.safetensors", {"format": "pt"})
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_nextn_predict_layers": 1}))
+    return directory
+
+
+def make_aria(directory: Path) -> Path:
+    """An Aria, vision and language: 16 experts top-2, eight tokens an image. Its image processor is
+    the one that needs no torchvision."""
+    trained = make_tokenizer()
+    trained.add_tokens(["<|img|>"], special_tokens=True)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained.backend_tokenizer,
+        eos_token=trained.eos_token,
+        pad_token=trained.pad_token,
+        extra_special_tokens={"image_token": "<|img|>"},
+    )
+    config = AriaConfig(
+        text_config=AriaTextConfig(
+            **(COMMON | {"vocab_size": 1032}),
+            pad_token_id=0,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            moe_num_experts=16,
+            moe_topk=2,
+            moe_num_shared_experts=1,
+        ),
+        vision_config={
+            "model_type": "idefics3_vision",
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 980,
+            "patch_size": 14,
+        },
+        image_token_index=tokenizer.image_token_id,
+        projector_patch_to_query_dict={1225: 8, 4900: 8},
+    )
+    write(directory, AriaForConditionalGeneration, config)
+    processor = AriaProcessor(AriaImageProcessorPil(), tokenizer, size_conversion={490: 8, 980: 8})
+    processor.save_pretrained(directory)
     return directory
 
 

@@ -67,17 +67,10 @@ def test_the_command_line_refuses_bad_slot_counts(parse, capsys, slots):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--enable-eplb"], "--enable-eplb"),
-        (["--enable-lora"], "--enable-lora"),
-        (["--enable-expert-parallel"], "--enable-expert-parallel"),
-        (["--data-parallel-size", "2"], "--data-parallel-size above 1"),
-        (["--cpu-offload-gb", "1"], "--cpu-offload-gb on the experts"),
         (
             ["--cpu-offload-gb", "1", "--cpu-offload-params", "routed_experts"],
             "--cpu-offload-gb on the experts",
         ),
-        (["--offload-group-size", "2"], "--offload-group-size on the experts"),
-        (["--load-format", "tensorizer"], "--load-format tensorizer"),
         (
             ["--additional-config", '{"moe_gpu_prefetch": 9}'],
             "contradicts additional_config moe_gpu_prefetch=9",
@@ -91,15 +84,6 @@ def test_what_cannot_be_combined_is_refused(parse, capsys, arguments, message):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("vllm: error: ") and message in error
-
-
-@pytest.mark.parametrize("conflict", [{"enable_eplb": True}, {"data_parallel_size": 2}])
-def test_scripts_are_refused_alike(checkpoint, conflict):
-    """`LLM(...)` goes past the command line; the same check answers with an exception."""
-    register()
-    arguments = EngineArgs(str(checkpoint), additional_config={"moe_gpu_prefetch": 8}, **conflict)
-    with pytest.raises(MoEPrefetchError, match="cannot be combined"):
-        arguments.create_engine_config()
 
 
 def test_offload_of_other_weights_is_not_refused(parse):

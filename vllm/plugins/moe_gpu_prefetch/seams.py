@@ -68,7 +68,7 @@ SEAMS = (
     Seam(
         f"{_MOE}.routed_experts:RoutedExperts",
         "replaced",
-        "out-of-tree registry: parameters become slots, forward_modular remaps ids",
+        "out-of-tree registry: parameters become slots",
         "FusedMoEFactory in layer.py picks SlottedRoutedExperts when the option is set",
         ("layer_name", "params_dtype", "moe_config", "quant_config"),
     ),
@@ -147,11 +147,21 @@ SEAMS = (
         "the rows of a padded batch that nobody asked for (a dataclass field)",
     ),
     Seam(
+        f"{_MOE}.experts.cpu_moe:CPUUnquantizedExperts",
+        "relied on",
+        "extended, with its subclasses: plans, loads, and runs on slot numbers",
+    ),
+    Seam(
+        f"{_MOE}.experts.cpu_moe:CPUUnquantizedExperts.apply",
+        "relied on",
+        "the one call of the CPU platform's kernel",
+        "",
+        ("output", "hidden_states", "w1", "w2", "topk_weights", "topk_ids"),
+    ),
+    Seam(
         f"{_MOE}.routed_experts:RoutedExperts.forward_modular",
         "relied on",
-        "the one call between router and kernel",
-        "",
-        ("x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input"),
+        "a class with one of its own is refused: it works on the router's choices",
     ),
     Seam(
         f"{_MOE}.routed_experts:RoutedExperts.weight_loader",

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot work is refused at start-up, each by name, with the reason and the way out."""
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+from vllm.plugins.moe_gpu_prefetch import register
+from vllm.plugins.moe_gpu_prefetch.conflicts import CONFLICTS
+
+REFUSED = {
+    "--enable-eplb": ["--enable-eplb"],
+    "--enable-elastic-ep": ["--enable-elastic-ep"],
+    "--enable-expert-parallel on the CPU": ["--enable-expert-parallel"],
+    "--data-parallel-size above 1": ["--data-parallel-size", "2"],
+    "--prefill-context-parallel-size above 1": ["--prefill-context-parallel-size", "2"],
+    "--enable-dbo": ["--enable-dbo"],
+    "--enable-lora": ["--enable-lora"],
+    "--enable-sleep-mode": ["--enable-sleep-mode"],
+    "--weight-transfer-config": ["--weight-transfer-config", '{"backend": "nccl"}'],
+    "--load-format tensorizer": ["--load-format", "tensorizer"],
+    "--load-format modelexpress": ["--load-format", "modelexpress"],
+    "--load-format sharded_state": ["--load-format", "sharded_state"],
+    "--load-format runai_streamer_sharded": ["--load-format", "runai_streamer_sharded"],
+    "--load-format fastsafetensors": ["--load-format", "fastsafetensors"],
+    "--load-format instanttensor": ["--load-format", "instanttensor"],
+    "--load-format ipc_cache": ["--load-format", "ipc_cache"],
+    "--cpu-offload-gb on the experts": ["--cpu-offload-gb", "1"],
+    "--offload-group-size on the experts": ["--offload-group-size", "2"],
+}
+
+
+@pytest.fixture
+def parse(checkpoint):
+    register()
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+
+    def parse(*arguments: str) -> EngineArgs:
+        parsed = parser.parse_args(["--model", str(checkpoint), *arguments])
+        return AsyncEngineArgs.from_cli_args(parsed)
+
+    return parse
+
+
+@pytest.mark.parametrize(("name", "arguments"), REFUSED.items(), ids=REFUSED)
+def test_each_is_refused_by_name(parse, capsys, name, arguments):
+    """As an error of the command line, status 2; without the flag stock has its way."""
+    with pytest.raises(SystemExit) as stop:
+        parse("--moe-gpu-prefetch", "8", *arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"vllm: error: --moe-gpu-prefetch cannot be combined with {name}: ")
+    parse(*arguments)
+
+
+def test_every_conflict_has_its_test():
+    """None of the table is untested."""
+    names = [conflict.option.partition(" {")[0] for conflict in CONFLICTS]
+    for name in names:
+        assert any(refused.startswith(name) for refused in REFUSED), name
+    assert len({conflict.reason for conflict in CONFLICTS}) > 5
+
+
+@pytest.mark.parametrize(
+    "conflict",
+    [{"enable_eplb": True}, {"data_parallel_size": 2}, {"cpu_offload_params": {"routed_experts"}}],
+)
+def test_scripts_are_refused_alike(checkpoint, conflict):
+    """`LLM(...)` goes past the command line; the same check answers with an exception."""
+    register()
+    conflict = {"cpu_offload_gb": 1} | conflict
+    arguments = EngineArgs(str(checkpoint), additional_config={"moe_gpu_prefetch": 8}, **conflict)
+    with pytest.raises(MoEPrefetchError, match="cannot be combined"):
+        arguments.create_engine_config()
+
+
+def test_a_quantised_model_is_refused_by_its_kernel(checkpoint):
+    """On the CPU platform no kernel of quantised experts is shown to be exact."""
+    from engine import start
+
+    with pytest.raises(Exception, match=r"quant|kernel|Fp8|fp8"):
+        start(checkpoint, slots=8, quantization="fp8")
