@@ -9,7 +9,7 @@ LOG := $(VENV)/setup.log
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup install demo test test-engine test-kernels test-memory bench lint
+.PHONY: setup install demo test test-all test-engine test-kernels test-memory bench lint
 setup: $(READY)
 
 $(READY): setup.py pyproject.toml tests/cpu_platform/pyproject.toml tests/cpu_platform/requirements.py
@@ -42,14 +42,18 @@ demo: $(READY)
 test: $(READY)
 	@$(MAKE) --no-print-directory -j2 --output-sync=target test-engine test-kernels test-memory
 
+# Every row of docs/compatibility.md at every number of slots, eager and compiled, too: an hour or two.
+test-all: $(READY)
+	@$(MAKE) --no-print-directory test EXHAUSTIVE="-m ''"
+
 test-engine: $(READY)
-	$(BIN)/python -m pytest --ignore=tests/memory
+	$(BIN)/python -m pytest --ignore=tests/memory $(EXHAUSTIVE)
 
 test-memory: $(READY)
-	$(BIN)/python -m pytest tests/memory
+	$(BIN)/python -m pytest tests/memory $(EXHAUSTIVE)
 
 test-kernels: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(EXHAUSTIVE)
 
 lint: $(READY)
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

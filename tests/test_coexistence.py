@@ -182,6 +182,7 @@ def test_a_runner_of_the_transformers_backend_is_named(checkpoint):
     assert "replaced TransformersMoERunner by acme_moe.AcmeTransformersMoERunner" in result.stderr
 
 
+@pytest.mark.exhaustive
 @ORDERS
 def test_another_plugins_layers_serve_without_the_flag(checkpoint, order):
     """The real engine runs on the other's class."""
@@ -190,6 +191,7 @@ def test_another_plugins_layers_serve_without_the_flag(checkpoint, order):
     assert "{'AcmeRoutedExperts'}" in result.stdout, result.stderr[-3000:]
 
 
+@pytest.mark.exhaustive
 @ORDERS
 def test_two_plugins_that_chain_give_stocks_answers_from_slots(checkpoint, order):
     """Loading and the processing of weights pass both; the outputs are stock's, bit for bit."""

@@ -172,6 +172,7 @@ def test_bench_throughput(checkpoint):
     assert_slots_in_log(output, 8, "lfu")
 
 
+@pytest.mark.exhaustive
 def test_bench_latency(tmp_path):
     """`vllm bench latency` takes the flags and prints its figures. It draws token ids up to 10,000
     whatever the vocabulary. The checkpoint is made by a process of its own, because vLLM's
@@ -188,6 +189,7 @@ def test_bench_latency(tmp_path):
     assert_slots_in_log(output, 8)
 
 
+@pytest.mark.exhaustive
 def test_run_batch(checkpoint, tmp_path):
     """`vllm run-batch` takes the flags and answers every line of the file."""
     body = {"model": str(checkpoint), "messages": [{"role": "user", "content": TEXT}]}
@@ -211,6 +213,7 @@ def test_run_batch(checkpoint, tmp_path):
     assert [r["response"]["status_code"] for r in responses] == [200] * 3
 
 
+@pytest.mark.exhaustive
 def test_api_server_module_with_a_yaml_config(servers, checkpoint, tmp_path):
     """`python -m vllm.entrypoints.openai.api_server --config FILE` reads both options from YAML."""
     config = tmp_path / "config.yaml"

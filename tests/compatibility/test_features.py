@@ -16,6 +16,10 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetch
 SLOTS, EXPERTS = 8, 32
 
 
+def _exhaustive(value):
+    return pytest.param(value, marks=pytest.mark.exhaustive)
+
+
 def generate(llm, params=None):
     outputs = llm.generate(PROMPTS, params or sampling(16), use_tqdm=False)
     return [
@@ -38,6 +42,7 @@ def assert_equal_from_slots(checkpoint, ask=generate, **arguments):
     gc.collect()
 
 
+@pytest.mark.exhaustive
 def test_several_samples_of_one_prompt(checkpoint):
     """`n=3` at temperature 1: the three share a prefill and go their own ways."""
     params = SamplingParams(n=3, temperature=1.0, max_tokens=10, logprobs=1, ignore_eos=True)
@@ -72,6 +77,7 @@ def test_structured_outputs(checkpoint):
     assert_equal_from_slots(checkpoint, ask)
 
 
+@pytest.mark.exhaustive
 def test_logprobs_of_the_prompt(checkpoint):
     """Those of every token of the prompts, chunked prefill included."""
 
@@ -98,9 +104,9 @@ def test_embeddings(checkpoint):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"enable_chunked_prefill": False, "max_num_batched_tokens": 512},
-        {"enable_prefix_caching": False},
-        {"async_scheduling": True},
+        _exhaustive({"enable_chunked_prefill": False, "max_num_batched_tokens": 512}),
+        _exhaustive({"enable_prefix_caching": False}),
+        _exhaustive({"async_scheduling": True}),
         {"num_gpu_blocks_override": 5, "block_size": 128},
     ],
     ids=lambda arguments: next(iter(arguments)),
@@ -111,17 +117,20 @@ def test_scheduling(checkpoint, arguments):
     assert_equal_from_slots(checkpoint, **arguments)
 
 
+@pytest.mark.exhaustive
 def test_offload_of_other_weights(checkpoint):
     """Stock's own offload keeps the attention, the slots the experts."""
     assert_equal_from_slots(checkpoint, cpu_offload_gb=1, cpu_offload_params={"self_attn"})
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("load_format", ["safetensors", "dummy", "runai_streamer"])
 def test_load_formats(checkpoint, load_format):
     """Random weights, and checkpoints read by other loaders."""
     assert_equal_from_slots(checkpoint, load_format=load_format)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("load_format", "name"),
     [
@@ -162,6 +171,7 @@ def test_reloading_weights_is_refused_and_changes_nothing(checkpoint):
     assert generate(llm) == stock
 
 
+@pytest.mark.exhaustive
 def test_requests_that_are_answered_twice_agree(checkpoint):
     """What slots held before leaves no trace in an answer."""
     llm = start(checkpoint, slots=SLOTS, enable_prefix_caching=False)

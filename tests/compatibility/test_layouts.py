@@ -34,6 +34,7 @@ def test_tensor_parallel(checkpoint, tmp_path, stock_arm, slots):
     assert [store.state for store in stores(place)] == ["complete", "complete"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("slots", [8, pytest.param(16, marks=exhaustive)])
 def test_pipeline_parallel(checkpoint, tmp_path, stock_arm, slots):
     """Each of two stages has the slots of its own two layers. Compiled: stock 0.32 has no pipeline

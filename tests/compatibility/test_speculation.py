@@ -4,6 +4,7 @@ counters of its own.
 
 Each engine in a process of its own: on the CPU platform vLLM starts no second one after it."""
 
+import pytest
 from arm import Arm, run_arm
 from sample import make_checkpoint, make_with_mtp
 
@@ -37,6 +38,7 @@ def test_n_gram(checkpoint, tmp_path, stock_arm):
     assert len(rank) == 4 and all(layer["loads"] > 0 for layer in rank.values())
 
 
+@pytest.mark.exhaustive
 def test_draft_model(checkpoint, tmp_path, stock_arm):
     """The draft's layers have as many slots as the model's, or as many as `draft_slots` says, and
     are counted under names of their own."""

@@ -47,6 +47,7 @@ def stream(server: Server, number: int, started: threading.Barrier) -> tuple[str
     return text, reason
 
 
+@pytest.mark.exhaustive
 def test_sigterm_drains(servers):
     """With --shutdown-timeout, requests in flight are answered in full, as stock's are, and the
     server ends with stock's status; its processes and its counters are gone."""
@@ -88,6 +89,7 @@ def victims(checkpoint, tmp_path_factory):
             stop(server)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "message"),
     [

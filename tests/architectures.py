@@ -224,7 +224,6 @@ ARCHITECTURES = (
         route_norm=True,
         qk_norm=True,
     ),
-    _causal("Dots1", _ROUTED, _WIDTH, _HEADS, n_shared_experts=1),
     _causal("Mellum", _LOCAL, _WIDTH, _HEADS),
     _causal(
         "MiMoV2Flash",
