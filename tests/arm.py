@@ -32,6 +32,7 @@ def run_arm(
     Raises:
         RuntimeError: the engine did not start or end well; carries the end of its log.
     """
+    # A core a rank: left to itself, vLLM takes both ranks' from what it believes to be free.
     environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1", **(environment or {})}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     result = subprocess.run(

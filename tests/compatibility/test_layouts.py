@@ -35,7 +35,7 @@ def test_tensor_parallel(checkpoint, tmp_path, stock_arm, slots):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("slots", [8, pytest.param(16, marks=exhaustive)])
+@pytest.mark.parametrize("slots", [8, 16])
 def test_pipeline_parallel(checkpoint, tmp_path, stock_arm, slots):
     """Each of two stages has the slots of its own two layers. Compiled: stock 0.32 has no pipeline
     stages on the CPU platform otherwise."""

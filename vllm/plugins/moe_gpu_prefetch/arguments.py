@@ -26,12 +26,12 @@ WORKER_EXTENSION = "vllm.plugins.moe_gpu_prefetch.worker.ExpertSlotsWorkerExtens
 
 
 def _slots(value: str) -> int | str:
+    if reason := objection():
+        raise argparse.ArgumentTypeError(reason)
     try:
         slots: Any = int(value)
     except ValueError:
         slots = value
-    if reason := objection():
-        raise argparse.ArgumentTypeError(reason)
     try:
         return MoEPrefetchConfig.validated(slots, {}).slots
     except MoEPrefetchError as error:

@@ -21,7 +21,8 @@ _EXPERT_PARAMETER = ".mlp.experts.routed_experts.w13_weight.w2_weight."
 
 @dataclass(frozen=True)
 class Conflict:
-    """`option` may name parts of the arguments; `way_out` completes "so ..."."""
+    """Refused as "`option`: `reason`; `way_out`." where `present` is true of the arguments, which
+    `option`, a format string, may name as {0}."""
 
     option: str
     present: Callable[[EngineArgs], Any]
@@ -33,7 +34,7 @@ def _offloads_experts(active: bool, segments: set[str] | None) -> bool:
     return active and (not segments or any(f".{s}." in _EXPERT_PARAMETER for s in segments))
 
 
-_UNSHOWN_LOADERS = {
+_UNSHOWN_FORMATS = {
     "fastsafetensors",
     "instanttensor",
     "ipc_cache",
@@ -62,7 +63,7 @@ CONFLICTS = (
     Conflict(
         "--enable-expert-parallel on the CPU",
         lambda arguments: arguments.enable_expert_parallel and current_platform.is_cpu(),
-        "stock's CPU kernels take no expert map, stock itself ends at the first request",
+        "stock's CPU kernels take no expert map, and stock itself ends at the first request",
         "use --tensor-parallel-size alone",
     ),
     Conflict(
@@ -106,7 +107,7 @@ CONFLICTS = (
     ),
     Conflict(
         "--load-format {0.load_format}",
-        lambda arguments: arguments.load_format in _UNSHOWN_LOADERS,
+        lambda arguments: arguments.load_format in _UNSHOWN_FORMATS,
         "it is not shown to bring the experts to host memory unchanged",
         "use --load-format auto",
     ),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""After loading: says what was decided; refuses a model whose experts slipped past the slots."""
+"""Loads a model with its experts in slots: what happens around stock's loading and after it."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -42,8 +42,6 @@ from vllm.plugins.moe_gpu_prefetch.seams import require
 
 logger = init_logger(__name__)
 
-_guarded = False
-
 
 def slotted_layers(model: torch.nn.Module) -> list[Any]:
     """The MoE layers of a loaded model that got slots."""
@@ -51,10 +49,10 @@ def slotted_layers(model: torch.nn.Module) -> list[Any]:
 
 
 def all_slotted_layers(vllm_config: Any) -> list[Any]:
-    """Those of the model and of its draft model."""
+    """The MoE layers with slots of this worker, of the model and of its draft."""
     modules = vllm_config.compilation_config.static_forward_context.values()
-    layers = [getattr(module, "routed_experts", None) for module in modules]
-    return [layer for layer in layers if getattr(layer, "slots", None) is not None]
+    experts = [getattr(module, "routed_experts", None) for module in modules]
+    return [layer for layer in experts if getattr(layer, "slots", None) is not None]
 
 
 @contextmanager
@@ -162,6 +160,7 @@ def load_into_slots(
     return model
 
 
+@functools.cache
 def guard_worker() -> None:
     """Wraps two methods of the worker that holds slots. Called in workers only, once they have
     imported what is wrapped.
@@ -173,10 +172,6 @@ def guard_worker() -> None:
     require("vllm.v1.worker.gpu_worker:Worker.reload_weights")
     from vllm.v1.worker.gpu_worker import Worker
 
-    global _guarded
-    if _guarded:
-        return
-    _guarded = True
     warm_up, reload_weights = Worker.compile_or_warm_up_model, Worker.reload_weights
 
     @functools.wraps(warm_up)

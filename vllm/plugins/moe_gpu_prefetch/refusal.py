@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+# As in `expert_slots/config.py`, which leans on vLLM and may not be imported here.
 _FLAGS = ("moe_gpu_prefetch", "moe_gpu_prefetch_config")
 
 logger = logging.getLogger("vllm.plugins.moe_gpu_prefetch")

@@ -61,6 +61,8 @@ def open_counters_directory() -> Path:
 
 def _hold(directory: Path) -> None:
     """Locks `directory` until this process and all that it forked have ended."""
+    # Never closed: the lock is this process's life. Under its name only once it is held, or another
+    # start would take the directory for an abandoned one.
     unlocked = directory / "unlocked"
     fcntl.flock(os.open(unlocked, os.O_RDWR | os.O_CREAT, 0o600), fcntl.LOCK_EX)
     unlocked.rename(directory / _LOCK)

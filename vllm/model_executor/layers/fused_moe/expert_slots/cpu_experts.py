@@ -31,8 +31,8 @@ CPU_EXPERTS_CLASSES = {
     "ArmCPUUnquantizedExperts",
     "PowerCPUUnquantizedExperts",
 }
-"""Kernels of the CPU platform that are known to run on remapped expert ids over N slots and to give
-the same bits. On CUDA the experts class is ours (`experts.py`), in the place of `TritonExperts`."""
+"""Stock's kernels of the CPU platform that are known to run on remapped expert ids over N slots and
+to give the same bits."""
 
 
 class SlottedCPUExperts(_Stock):
@@ -57,7 +57,8 @@ class SlottedCPUExperts(_Stock):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Decides, loads and computes one step of the layer. Arguments as of stock's `apply`."""
+        """Decides, loads and computes one step of the layer. Takes what stock's `apply` takes;
+        weights and options are read off the layer, as the opaque op has no arguments for them."""
         if torch.compiler.is_compiling():
             name = _encode_layer_name(self.layer.layer_name)
             torch.ops.vllm.moe_expert_slots(output, hidden_states, topk_weights, topk_ids, name)

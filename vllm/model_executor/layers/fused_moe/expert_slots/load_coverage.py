@@ -9,7 +9,7 @@ import torch
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 
-_TENSOR_BY_TENSOR = {"auto", "hf", "safetensors", "pt", "npcache", "fastsafetensors", "mistral"}
+_TENSOR_BY_TENSOR = {"auto", "hf", "safetensors", "pt", "npcache", "mistral", "runai_streamer"}
 """Load formats that hand every checkpoint tensor to the layer's weight loader."""
 
 

@@ -7,8 +7,8 @@ import torch
 class RankMap:
     """Which of the model's experts one rank holds, in the shapes that the slots need.
 
-    All three lookups are one launch each and have the shape of their input, so that they can be
-    captured in a CUDA graph.
+    Both lookups are one launch each, of shapes that do not depend on the routing, so that they can
+    be captured in a CUDA graph.
     """
 
     def __init__(self, expert_map: torch.Tensor):

@@ -64,7 +64,15 @@ class ExpertSlotsMixin(_Layer):
     """Turns a `RoutedExperts`, stock's or a model's own, into slots over a host store.
 
     The stock class creates, loads and processes all experts in host memory; the step that follows
-    (`_make_slots`) keeps them as the store and shrinks the parameters to the slots.
+    (`_process_then_make_slots`) keeps them as the store and shrinks the parameters to the slots.
+
+    Attributes:
+        slots: the layer's manager, None until its weights have been processed.
+        slots_config: what was asked for, None where nothing was.
+        num_slots: slots of this layer, at least its top-k.
+        load_coverage: what the checkpoint brought, None where the layer has no slots.
+        shared_store: the store that is being built or attached, while loading.
+        slotted_kernel: stock's kernel object, its class one of ours.
     """
 
     slots: "ExpertSlotManager | DeviceSlotManager | None" = None
@@ -127,6 +135,8 @@ class ExpertSlotsMixin(_Layer):
         return self.load_coverage is not None and self.slots is None
 
     def _refuse_unless_slottable(self) -> None:
+        # The parallel ones are in `conflicts.py` too: VLLM_DP_SIZE and a VllmConfig that is made
+        # without EngineArgs go past it.
         parallel = self.moe_config.moe_parallel_config
         experts_cls = getattr(self.quant_method, "experts_cls", None)
         experts_name = getattr(experts_cls, "__name__", type(self.quant_method).__name__)
@@ -135,9 +145,9 @@ class ExpertSlotsMixin(_Layer):
             reason = (
                 f"expert slots run on CUDA and on the CPU, not on {current_platform.device_name}"
             )
-        elif parallel.dp_size > 1:
-            reason = "data parallelism routes tokens of other ranks past the slots; use tensor"
-            reason += " parallelism"
+        elif parallel.dp_size > 1 or parallel.pcp_size > 1:
+            reason = "ranks of data or prefill context parallelism hand each other their tokens; "
+            reason += "use tensor parallelism"
         elif parallel.use_ep and current_platform.is_cpu():
             reason = "stock's CPU kernels take no expert map; drop --enable-expert-parallel"
         elif parallel.enable_eplb:
