@@ -62,11 +62,12 @@ def test_a_layer_that_slips_past_the_slots_is_refused_by_name(checkpoint, monkey
         start(checkpoint, slots=8)
 
 
-def test_a_dense_model_is_served_as_by_stock_and_said_so_once(directory, caplog_vllm):
+@pytest.mark.parametrize("slots", [8, "auto"])
+def test_a_dense_model_is_served_as_by_stock_and_said_so_once(directory, caplog_vllm, slots):
     """There is nothing to put into slots: one line, no error."""
-    slotted = run(make_dense(directory / "dense"), slots=8)
+    slotted = run(make_dense(directory / "dense"), slots=slots)
     assert slotted.layers == [] and slotted.counters == {}
-    lines = [r for r in caplog_vllm.messages if "--moe-gpu-prefetch 8 is ignored" in r]
+    lines = [r for r in caplog_vllm.messages if f"--moe-gpu-prefetch {slots} is ignored" in r]
     assert len(lines) == 1
 
 

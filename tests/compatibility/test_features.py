@@ -119,7 +119,7 @@ def test_scheduling(checkpoint, arguments):
 
 @pytest.mark.exhaustive
 def test_offload_of_other_weights(checkpoint):
-    """Stock's own offload keeps the attention, the slots the experts."""
+    """It is accepted. (On the CPU platform vLLM's offload does nothing.)"""
     assert_equal_from_slots(checkpoint, cpu_offload_gb=1, cpu_offload_params={"self_attn"})
 
 
@@ -159,15 +159,20 @@ def test_saving_from_slots_is_refused(checkpoint, tmp_path):
     assert not list(tmp_path.glob("saved/*.safetensors"))
 
 
-def test_reloading_weights_is_refused_and_changes_nothing(checkpoint):
-    """By name, before a weight is read; the engine goes on with stock's bits."""
+def test_calls_that_take_parameters_for_the_model_are_refused(checkpoint):
+    """By name, before anything has changed; the engine goes on with stock's bits."""
     llm = start(checkpoint)
     stock = generate(llm)
     del llm
     gc.collect()
     llm = start(checkpoint, slots=SLOTS)
-    with pytest.raises(MoEPrefetchError, match=r"cannot be reloaded.*Nothing was changed"):
-        llm.collective_rpc("reload_weights")
+    for call in ("reload_weights", "reset_weights", "compute_weight_checksums"):
+        with pytest.raises(
+            MoEPrefetchError, match=rf"{call} cannot be called.*Nothing was changed"
+        ):
+            llm.collective_rpc(call)
+    with pytest.raises(MoEPrefetchError, match=r"save_tensorized_model cannot be called"):
+        llm.collective_rpc("save_tensorized_model", args=(None,))
     assert generate(llm) == stock
 
 

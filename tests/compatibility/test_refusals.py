@@ -27,6 +27,11 @@ REFUSED = {
     "--load-format fastsafetensors": ["--load-format", "fastsafetensors"],
     "--load-format instanttensor": ["--load-format", "instanttensor"],
     "--load-format ipc_cache": ["--load-format", "ipc_cache"],
+    "--load-format IPC_CACHE": ["--load-format", "IPC_CACHE"],
+    "--load-format auto (or its draft's)": [
+        "--speculative-config",
+        '{"method": "ngram", "draft_load_config": {"load_format": "tensorizer"}}',
+    ],
     "--cpu-offload-gb on the experts": ["--cpu-offload-gb", "1"],
     "--offload-group-size on the experts": ["--offload-group-size", "2"],
 }
@@ -51,8 +56,8 @@ def test_each_is_refused_by_name(parse, capsys, name, arguments):
         parse("--moe-gpu-prefetch", "8", *arguments)
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"vllm: error: --moe-gpu-prefetch cannot be combined with {name}: ")
-    assert any(f"{name}: {c.reason}; {c.way_out}." in error for c in CONFLICTS)
+    assert error.startswith(f"vllm: error: --moe-gpu-prefetch cannot be combined with {name}")
+    assert any(f": {c.reason}; {c.way_out}." in error for c in CONFLICTS)
     parse(*arguments)
 
 
@@ -76,6 +81,23 @@ def test_scripts_are_refused_alike(checkpoint, conflict):
     arguments = EngineArgs(str(checkpoint), additional_config={"moe_gpu_prefetch": 8}, **conflict)
     with pytest.raises(MoEPrefetchError, match="cannot be combined"):
         arguments.create_engine_config()
+
+
+@pytest.mark.parametrize("part", ["routed_experts", "mlp", "block_sparse_moe", "layers", "model"])
+def test_offload_that_may_hit_experts_is_refused(parse, capsys, part):
+    """Whatever a model calls what its experts are in."""
+    with pytest.raises(SystemExit):
+        parse("--moe-gpu-prefetch", "8", "--cpu-offload-gb", "1", "--cpu-offload-params", part)
+    assert (
+        "name other weights with --cpu-offload-params (attention, attn" in capsys.readouterr().err
+    )
+
+
+def test_slots_of_a_draft_that_is_not_there_are_refused(parse, capsys):
+    """No option without effect."""
+    with pytest.raises(SystemExit):
+        parse("--moe-gpu-prefetch", "8", "--moe-gpu-prefetch-config.draft_slots", "4")
+    assert "draft_slots 4 was given without a draft" in capsys.readouterr().err
 
 
 def test_a_quantised_model_is_refused_by_its_kernel(checkpoint):

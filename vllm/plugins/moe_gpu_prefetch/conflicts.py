@@ -16,7 +16,8 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
 )
 from vllm.plugins.moe_gpu_prefetch.compatibility import objection
 
-_EXPERT_PARAMETER = ".mlp.experts.routed_experts.w13_weight.w2_weight."
+_NOT_EXPERTS = {"attn", "attention", "self_attn", "linear_attn", "mamba", "embed_tokens", "lm_head"}
+"""Parts of parameter names that no routed expert has."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Conflict:
 
 
 def _offloads_experts(active: bool, segments: set[str] | None) -> bool:
-    return active and (not segments or any(f".{s}." in _EXPERT_PARAMETER for s in segments))
+    return active and not (segments and set(segments) <= _NOT_EXPERTS)
 
 
 _UNSHOWN_FORMATS = {
@@ -47,6 +48,14 @@ _UNSHOWN_FORMATS = {
 def _fills_the_model_itself(load_format: str) -> bool:
     loader = _LOAD_FORMAT_TO_MODEL_LOADER.get(load_format, BaseModelLoader)
     return loader.load_model is not BaseModelLoader.load_model
+
+
+def _load_formats(arguments: EngineArgs) -> list[str]:
+    """The model's and its draft's, as vLLM will read them: in lower case."""
+    draft = (arguments.speculative_config or {}).get("draft_load_config") or {}
+    if not isinstance(draft, dict):
+        draft = vars(draft)
+    return [str(f).lower() for f in (arguments.load_format, draft.get("load_format", "auto"))]
 
 
 CONFLICTS = (
@@ -100,14 +109,14 @@ CONFLICTS = (
         "the experts in host memory are never written after loading",
     ),
     Conflict(
-        "--load-format {0.load_format}",
-        lambda arguments: _fills_the_model_itself(arguments.load_format),
+        "--load-format {0.load_format} (or its draft's)",
+        lambda arguments: any(map(_fills_the_model_itself, _load_formats(arguments))),
         "its loader fills the model behind the layers' backs",
         "use --load-format auto",
     ),
     Conflict(
-        "--load-format {0.load_format}",
-        lambda arguments: arguments.load_format in _UNSHOWN_FORMATS,
+        "--load-format {0.load_format} (or its draft's)",
+        lambda arguments: not _UNSHOWN_FORMATS.isdisjoint(_load_formats(arguments)),
         "it is not shown to bring the experts to host memory unchanged",
         "use --load-format auto",
     ),
@@ -117,7 +126,7 @@ CONFLICTS = (
             arguments.cpu_offload_gb > 0, arguments.cpu_offload_params
         ),
         "a tensor cannot have two owners",
-        "name other weights with --cpu-offload-params",
+        f"name other weights with --cpu-offload-params ({', '.join(sorted(_NOT_EXPERTS))})",
     ),
     Conflict(
         "--offload-group-size on the experts",
@@ -125,7 +134,7 @@ CONFLICTS = (
             arguments.offload_group_size > 0, arguments.offload_params
         ),
         "a tensor cannot have two owners",
-        "name other weights with --offload-params",
+        f"name other weights with --offload-params ({', '.join(sorted(_NOT_EXPERTS))})",
     ),
 )
 
@@ -141,13 +150,28 @@ def refuse(arguments: EngineArgs) -> None:
     Raises:
         MoEPrefetchError: names the combination, the reason and the way out.
     """
-    if not slots_wanted(arguments):
+    config = MoEPrefetchConfig.from_additional_config(arguments.additional_config)
+    if config is None:
         return
     if reason := objection():
         raise MoEPrefetchError(reason)
+    if config.draft_slots is not None and not arguments.speculative_config:
+        raise MoEPrefetchError(
+            f"--moe-gpu-prefetch-config.draft_slots {config.draft_slots} was given without a "
+            "draft. Add --speculative-config, or drop it."
+        )
     for conflict in CONFLICTS:
         if conflict.present(arguments):
             raise MoEPrefetchError(
                 f"--moe-gpu-prefetch cannot be combined with {conflict.option.format(arguments)}: "
                 f"{conflict.reason}; {conflict.way_out}."
             )
+
+
+def bypassed(model: str, slots: int | str) -> MoEPrefetchError:
+    """What to say of a MoE model without a fused-MoE layer."""
+    return MoEPrefetchError(
+        f"--moe-gpu-prefetch {slots}: {model} is a MoE model whose experts do not go through "
+        "vLLM's fused-MoE layer, so they cannot be put into slots. Serve it without "
+        "--moe-gpu-prefetch."
+    )

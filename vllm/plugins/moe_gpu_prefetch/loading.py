@@ -38,6 +38,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import (
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.streaming import reading_in_windows
 from vllm.plugins.moe_gpu_prefetch import layers, wrapping
+from vllm.plugins.moe_gpu_prefetch.conflicts import bypassed
 from vllm.plugins.moe_gpu_prefetch.seams import require
 
 logger = init_logger(__name__)
@@ -77,7 +78,9 @@ def _store_for(
         yield store
 
 
-def report(model: torch.nn.Module, config: MoEPrefetchConfig, model_config: Any) -> None:
+def report(
+    model: torch.nn.Module, config: MoEPrefetchConfig, model_config: Any, pipeline_stages: int
+) -> None:
     """Checks a loaded model and logs the one line that says what its slots cost.
 
     Raises:
@@ -119,15 +122,15 @@ def report(model: torch.nn.Module, config: MoEPrefetchConfig, model_config: Any)
             first.slots.store.bytes_per_expert,
             resident_sequences(first.local_num_experts, first.top_k, first.num_slots),
         )
+    elif not experts and model_config.runner_type == "draft":
+        logger.info("The draft %s has no MoE layer, and so no slots.", model_config.model)
+    elif not experts and pipeline_stages > 1:
+        logger.info("This pipeline stage has no MoE layer, and so no slots.")
     elif not experts and model_config.is_moe:
-        raise MoEPrefetchError(
-            f"--moe-gpu-prefetch {config.slots}: {type(model).__name__} ({model_config.model}) is "
-            "a MoE model whose experts do not go through vLLM's fused-MoE layer, so they cannot "
-            "be put into slots. Serve it without --moe-gpu-prefetch."
-        )
+        raise bypassed(f"{type(model).__name__} ({model_config.model})", config.slots)
     elif not experts:
         logger.info(
-            "--moe-gpu-prefetch %d is ignored: %s is a dense model.",
+            "--moe-gpu-prefetch %s is ignored: %s is a dense model.",
             config.slots,
             model_config.model,
         )
@@ -155,24 +158,35 @@ def load_into_slots(
             model = load_model()
         # Before the store is completed: an incomplete checkpoint must not become one.
         check_all([layer.load_coverage for layer in slotted_layers(model)])
-    report(model, config, model_config)
+    report(model, config, model_config, vllm_config.parallel_config.pipeline_parallel_size)
     guard_worker()
     return model
 
 
+_REFUSED_CALLS = {
+    "reload_weights": "the experts in host memory are never written after loading",
+    "reset_weights": "the experts in host memory are never written after loading",
+    "compute_weight_checksums": "a slotted layer's parameters are its slots, not the model",
+    "save_tensorized_model": "a slotted layer's parameters are its slots, not the model",
+}
+"""Methods of vLLM's worker that take parameters for the model, and why slots refuse them. (Saving a
+sharded state asks each layer, which refuses: `ExpertSlotsMixin._save_to_state_dict`.)"""
+
+
 @functools.cache
 def guard_worker() -> None:
-    """Wraps two methods of the worker that holds slots. Called in workers only, once they have
-    imported what is wrapped.
+    """Wraps methods of the worker that holds slots. Called in workers only, once they have imported
+    what is wrapped.
 
     What warm-up batches loaded and counted is undone, so that the first request finds the slots as
-    loading left them; and reloading weights is refused before anything has changed.
+    loading left them; and what takes parameters for the model is refused before anything has
+    changed.
     """
-    require("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model")
-    require("vllm.v1.worker.gpu_worker:Worker.reload_weights")
+    for name in ("compile_or_warm_up_model", *_REFUSED_CALLS):
+        require(f"vllm.v1.worker.gpu_worker:Worker.{name}")
     from vllm.v1.worker.gpu_worker import Worker
 
-    warm_up, reload_weights = Worker.compile_or_warm_up_model, Worker.reload_weights
+    warm_up = Worker.compile_or_warm_up_model
 
     @functools.wraps(warm_up)
     def warm_up_and_reset(self: Worker) -> Any:
@@ -182,17 +196,23 @@ def guard_worker() -> None:
                 layer.slots.reset()
         return times
 
-    @functools.wraps(reload_weights)
-    def refuse_to_reload(self: Worker, *args: Any, **kwargs: Any) -> None:
-        if all_slotted_layers(self.vllm_config):
-            raise MoEPrefetchError(
-                "weights cannot be reloaded into expert slots: the experts in host memory are "
-                "never written after loading. Nothing was changed. Restart the server to serve "
-                "other weights, or serve without --moe-gpu-prefetch."
-            )
-        reload_weights(self, *args, **kwargs)
-
     wrapping.install(
         wrapping.Wrap(Worker, "compile_or_warm_up_model", warm_up_and_reset),
-        wrapping.Wrap(Worker, "reload_weights", refuse_to_reload),
+        *(wrapping.Wrap(Worker, name, _refusing(getattr(Worker, name))) for name in _REFUSED_CALLS),
     )
+
+
+def _refusing(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the worker, refused where there are slots."""
+
+    @functools.wraps(method)
+    def unless_slotted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if all_slotted_layers(self.vllm_config):
+            raise MoEPrefetchError(
+                f"{method.__name__} cannot be called with expert slots: "
+                f"{_REFUSED_CALLS[method.__name__]}. Nothing was changed. Start a server with "
+                "other weights, or serve without --moe-gpu-prefetch."
+            )
+        return method(self, *args, **kwargs)
+
+    return unless_slotted

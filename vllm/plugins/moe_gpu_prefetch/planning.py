@@ -28,6 +28,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import (
     gib,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import make_place, present
+from vllm.plugins.moe_gpu_prefetch.conflicts import bypassed
 
 logger = init_logger(__name__)
 
@@ -141,6 +142,8 @@ def settle(vllm_config: VllmConfig) -> None:
         logger.warning("No memory plan, so nothing is checked before loading: %s", error)
         return
     if planner is None:
+        if vllm_config.model_config.is_moe:
+            raise bypassed(vllm_config.model_config.model, config.slots)
         return
     slots = planner.auto() if config.slots == "auto" else config.slots
     planner.refuse(slots, config.slots)

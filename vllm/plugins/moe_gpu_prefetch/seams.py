@@ -98,12 +98,20 @@ SEAMS = (
         "one call at the end of this method",
         deferred=True,
     ),
-    Seam(
-        "vllm.v1.worker.gpu_worker:Worker.reload_weights",
-        "wrapped",
-        "refuses to reload a slotted model, before anything has changed",
-        "a check at the beginning of this method",
-        deferred=True,
+    *(
+        Seam(
+            f"vllm.v1.worker.gpu_worker:Worker.{name}",
+            "wrapped",
+            "refused for a slotted model, before anything has changed",
+            "a check at the beginning of this method",
+            deferred=True,
+        )
+        for name in (
+            "reload_weights",
+            "reset_weights",
+            "compute_weight_checksums",
+            "save_tensorized_model",
+        )
     ),
     Seam(
         f"{_MOE}.experts.triton_moe:TritonExperts.apply",

@@ -93,8 +93,8 @@ class ExpertSlotsMixin(_Layer):
         asked = self.slots_config.slots_of(draft=_loading_draft.get())
         if asked == "auto":
             raise MoEPrefetchError(
-                "--moe-gpu-prefetch auto was not settled, because this engine's configuration was "
-                "not made by EngineArgs. Give a number."
+                "--moe-gpu-prefetch auto was not settled: this engine's configuration was not made "
+                "by EngineArgs, or only its draft has MoE layers. Give a number."
             )
         self.num_slots = max(asked, self.top_k)
         if self.num_slots > asked:
@@ -154,6 +154,13 @@ class ExpertSlotsMixin(_Layer):
             reason = "EPLB moves experts between ranks; drop --enable-eplb"
         elif self.moe_config.is_lora_enabled:
             reason = "LoRA adapters are indexed by expert id; drop --enable-lora"
+        elif (
+            isinstance(self.quant_method, UnquantizedFusedMoEMethod)
+            and type(self.quant_method) is not UnquantizedFusedMoEMethod
+        ):
+            method = type(self.quant_method)
+            reason = f"its method is {method.__module__}.{method.__qualname__}, which stands in "
+            reason += "for stock's; disable that plugin with VLLM_PLUGINS"
         elif current_platform.is_cpu() and experts_name not in CPU_EXPERTS_CLASSES:
             reason = f"its kernel {experts_name} is not known to run on remapped expert ids"
         elif current_platform.is_cuda() and not (
