@@ -9,7 +9,9 @@ LOG := $(VENV)/setup.log
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup install demo test test-all test-engine test-kernels test-memory bench lint
+PARTS := test-engine test-matrix test-kernels test-memory test-endurance
+
+.PHONY: setup install demo test test-all $(PARTS) bench lint
 setup: $(READY)
 
 $(READY): setup.py pyproject.toml tests/cpu_platform/pyproject.toml tests/cpu_platform/requirements.py
@@ -37,23 +39,28 @@ install:
 demo: $(READY)
 	@$(BIN)/python benchmarks/demo.py
 
-# The kernels run in Triton's interpreter, in a process of their own beside the engine's tests; the
-# tests of memory follow them.
+# Two parts at a time. The kernels run in Triton's interpreter, in a process of their own.
 test: $(READY)
-	@$(MAKE) --no-print-directory -j2 --output-sync=target test-engine test-kernels test-memory
+	@$(MAKE) --no-print-directory -j2 --output-sync=target $(PARTS)
 
-# Every row of docs/compatibility.md at every number of slots, eager and compiled, too: an hour or two.
+# Every row of docs/compatibility.md, and the matrix at every number of slots, eager and compiled.
 test-all: $(READY)
 	@$(MAKE) --no-print-directory test EXHAUSTIVE="-m ''"
 
 test-engine: $(READY)
-	$(BIN)/python -m pytest --ignore=tests/memory $(EXHAUSTIVE)
+	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/test_*.py
 
-test-memory: $(READY)
-	$(BIN)/python -m pytest tests/memory $(EXHAUSTIVE)
+test-matrix: $(READY)
+	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/sources tests/compatibility tests/matrix
 
 test-kernels: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(EXHAUSTIVE)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(EXHAUSTIVE) tests/kernels
+
+test-memory: $(READY)
+	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/memory
+
+test-endurance: $(READY)
+	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/endurance
 
 lint: $(READY)
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

@@ -51,3 +51,11 @@ def test_pipeline_parallel(checkpoint, tmp_path, stock_arm, slots):
     for rank in slotted.counters:
         assert all(layer["loads"] > 0 and layer["slots"] == slots for layer in rank.values())
         assert all(layer["store_bytes"] == 32 * EXPERT_BYTES for layer in rank.values())
+
+
+@exhaustive
+def test_stock_has_no_expert_parallelism_on_the_cpu_platform(checkpoint, tmp_path):
+    """Why it is refused there: a stock that has it fails here, and the refusal can go."""
+    layout = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    with pytest.raises(RuntimeError, match="EngineDeadError"):
+        run_arm(checkpoint, tmp_path / "answer.json", **layout)

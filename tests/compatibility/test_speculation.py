@@ -56,7 +56,18 @@ def test_draft_model(checkpoint, tmp_path, stock_arm):
         assert set(slotted.residency[0]) == set(rank)
 
 
-def test_multi_token_prediction(tmp_path, stock_arm):
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param({}, id="eager"),
+        pytest.param(
+            {"enforce_eager": False, "compilation_config": {"mode": 3}},
+            id="compiled",
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
+)
+def test_multi_token_prediction(tmp_path, stock_arm, mode):
     """An MTP layer is a MoE layer with slots of its own."""
     checkpoint = make_with_mtp(tmp_path / "mtp")
     config = {"method": "mtp", "num_speculative_tokens": 1}
@@ -66,6 +77,7 @@ def test_multi_token_prediction(tmp_path, stock_arm):
         stock_arm,
         speculative_config=config,
         draft_slots=4,
+        **mode,
     )
     (rank,) = slotted.counters
     slots = [layer["slots"] for layer in rank.values()]
