@@ -9,6 +9,7 @@ import gc
 import json
 import math
 import re
+import traceback
 from functools import cache
 from pathlib import Path
 
@@ -117,5 +118,6 @@ def test_stock_cannot_run_it_on_the_cpu_platform(architecture, checkpoint_of):
     the row moves up."""
     with pytest.raises(Exception) as error:
         run(checkpoint_of(architecture), **architecture.engine)
-    text = f"{error.type.__name__}: {error.value}"
+    where = traceback.extract_tb(error.tb)[-1].name
+    text = f"{where}: {error.type.__name__}: {error.value}"
     assert architecture.stock_error in text
