@@ -19,11 +19,20 @@ def test_without_the_option_layers_are_stock(stock):
     """No slots, no store, all experts in the parameters."""
     assert len(stock.layers) == 4
     for layer in stock.layers:
-        assert layer.slots is None and layer.w13_weight.shape[0] == EXPERTS
+        assert getattr(layer, "slots", None) is None and layer.w13_weight.shape[0] == EXPERTS
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
-@pytest.mark.parametrize("slots", [TOP_K, 5, 8, 16, EXPERTS - 1])
+@pytest.mark.parametrize(
+    ("slots", "policy"),
+    [
+        *((slots, "lru") for slots in (TOP_K, 8, 16, EXPERTS - 1)),
+        (8, "lfu"),
+        *(
+            pytest.param(*row, marks=pytest.mark.exhaustive)
+            for row in [(5, "lru"), *((slots, "lfu") for slots in (TOP_K, 5, 16, EXPERTS - 1))]
+        ),
+    ],
+)
 def test_outputs_equal_stock(checkpoint, stock, slots, policy):
     """Token ids and logprobs are stock's for every N, overflow steps included."""
     slotted = run(checkpoint, slots=slots, policy=policy)
