@@ -12,29 +12,40 @@ EXPERT_BYTES = 3 * 64 * 128 * 2
 exhaustive = pytest.mark.exhaustive
 
 
-@pytest.mark.parametrize(
-    "slots", [8, pytest.param(4, marks=exhaustive), pytest.param(31, marks=exhaustive)]
-)
+def assert_ranks_agree(slotted, slots):
+    """Two ranks with half of every expert each, the same experts in the same slots."""
+    first, second = slotted.counters
+    assert len(first) == 4 and first == second
+    assert all(layer["loads"] > 0 and layer["slots"] == slots for layer in first.values())
+    assert all(layer["store_bytes"] == 32 * EXPERT_BYTES // 2 for layer in first.values())
+    assert slotted.residency[0] == slotted.residency[1]
+
+
+@pytest.mark.parametrize("slots", [8, *(pytest.param(n, marks=exhaustive) for n in (4, 16, 31))])
 def test_tensor_parallel(checkpoint, tmp_path, stock_arm, slots):
-    """Two ranks hold half of every expert each, the same experts in the same slots. Each has a
-    shared store of its own, built by the first start and attached by the second."""
+    """Two ranks decide alike without talking to each other."""
+    layout = {"tensor_parallel_size": 2}
+    slotted = run_arm(checkpoint, tmp_path / "answer.json", slots=slots, **layout)
+    assert slotted.outputs == stock_arm(checkpoint, **layout).outputs
+    assert_ranks_agree(slotted, slots)
+
+
+@exhaustive
+def test_tensor_parallel_on_a_shared_store(checkpoint, tmp_path, stock_arm):
+    """Each rank has a shared store of its own, built by the first start, attached by the second."""
     layout = {"tensor_parallel_size": 2}
     place = tmp_path / "stores"
     for word in ("is complete:", "attached,"):
         slotted = run_arm(
-            checkpoint, tmp_path / "answer.json", slots=slots, shared_store=str(place), **layout
+            checkpoint, tmp_path / "answer.json", slots=8, shared_store=str(place), **layout
         )
         assert slotted.outputs == stock_arm(checkpoint, **layout).outputs
-        first, second = slotted.counters
-        assert len(first) == 4 and first == second
-        assert all(layer["loads"] > 0 and layer["slots"] == slots for layer in first.values())
-        assert all(layer["store_bytes"] == 32 * EXPERT_BYTES // 2 for layer in first.values())
-        assert slotted.residency[0] == slotted.residency[1]
+        assert_ranks_agree(slotted, 8)
         assert slotted.log.count(f"{word} {4 * 32 * EXPERT_BYTES // 2} bytes") == 2
     assert [store.state for store in stores(place)] == ["complete", "complete"]
 
 
-@pytest.mark.exhaustive
+@exhaustive
 @pytest.mark.parametrize("slots", [8, 16])
 def test_pipeline_parallel(checkpoint, tmp_path, stock_arm, slots):
     """Each of two stages has the slots of its own two layers. Compiled: stock 0.32 has no pipeline

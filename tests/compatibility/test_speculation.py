@@ -23,6 +23,7 @@ def assert_equal_from_slots(checkpoint, answer, stock_arm, **options) -> Arm:
     return slotted
 
 
+@pytest.mark.exhaustive
 def test_n_gram(checkpoint, tmp_path, stock_arm):
     """Drafts looked up in the prompt; verifying them routes several rows of a sequence."""
     config = {
