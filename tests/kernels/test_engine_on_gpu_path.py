@@ -95,4 +95,4 @@ def test_two_ranks_of_expert_parallelism_equal_stocks(checkpoint, tmp_path, plac
         assert {layer["slots"] for layer in rank.values()} == {2}
         assert {layer["store_bytes"] for layer in rank.values()} == {8 * 3 * 32 * 128 * 2}
         assert sum(layer["loads"] for layer in rank.values()) > 0
-        assert sum(layer["overflow_steps"] for layer in rank.values()) > 0
+    assert any(layer["overflow_steps"] for rank in slotted.counters for layer in rank.values())
