@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,7 @@ import pytest
 
 if TYPE_CHECKING:
     from fresh_process import Fresh
+    from vllm.engine.arg_utils import EngineArgs
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -39,3 +40,21 @@ def caplog_vllm(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureF
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def parse(checkpoint: Path) -> "Callable[..., EngineArgs]":
+    """What the command makes of its arguments, in this process."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vllm.plugins.moe_gpu_prefetch import register
+
+    register()
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+
+    def parse(*arguments: str) -> "EngineArgs":
+        parsed = parser.parse_args(["--model", str(checkpoint), *arguments])
+        return AsyncEngineArgs.from_cli_args(parsed)
+
+    return parse

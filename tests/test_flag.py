@@ -6,14 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
-from vllm.plugins.moe_gpu_prefetch import register
 
 
 def command(*arguments: str, before: str = "", **environment: str):
@@ -26,19 +23,6 @@ def command(*arguments: str, before: str = "", **environment: str):
         timeout=180,
         env={**os.environ, **environment},
     )
-
-
-@pytest.fixture
-def parse(checkpoint):
-    """What the command makes of its arguments, in this process."""
-    register()
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-
-    def parse(*arguments: str) -> EngineArgs:
-        parsed = parser.parse_args(["--model", str(checkpoint), *arguments])
-        return AsyncEngineArgs.from_cli_args(parsed)
-
-    return parse
 
 
 @pytest.mark.parametrize("slots", [0, -3, 2.5, "many", True])

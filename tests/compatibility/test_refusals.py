@@ -3,8 +3,7 @@
 
 import pytest
 from engine import start
-from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.engine.arg_utils import EngineArgs
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 from vllm.plugins.moe_gpu_prefetch import register
@@ -35,18 +34,6 @@ REFUSED = {
     "--cpu-offload-gb on the experts": ["--cpu-offload-gb", "1"],
     "--offload-group-size on the experts": ["--offload-group-size", "2"],
 }
-
-
-@pytest.fixture
-def parse(checkpoint):
-    register()
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-
-    def parse(*arguments: str) -> EngineArgs:
-        parsed = parser.parse_args(["--model", str(checkpoint), *arguments])
-        return AsyncEngineArgs.from_cli_args(parsed)
-
-    return parse
 
 
 @pytest.mark.parametrize(("name", "arguments"), REFUSED.items(), ids=REFUSED)
