@@ -57,7 +57,7 @@ test-kernels: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(EXHAUSTIVE) tests/kernels
 
 test-memory: $(READY)
-	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/memory
+	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/weights tests/memory
 
 test-endurance: $(READY)
 	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/endurance

@@ -6,6 +6,10 @@ from setuptools import setup
 setup(
     packages=[
         "vllm.model_executor.layers.fused_moe.expert_slots",
+        *(
+            f"vllm.model_executor.layers.fused_moe.expert_slots.{room}"
+            for room in ("cpu", "cuda", "decisions", "weights")
+        ),
         "vllm.plugins.moe_gpu_prefetch",
     ],
 )

@@ -8,7 +8,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,14 +26,14 @@ if not any(backend.driver.is_active() for backend in backends.values()):
     driver = type("CompilerOnly", (), {"is_active": staticmethod(lambda: True)})
     backends[_STAND_IN] = SimpleNamespace(driver=driver)  # type: ignore[index]
 
-from vllm.model_executor.layers.fused_moe.expert_slots.gather_kernel import (  # noqa: E402
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.gather_kernel import (  # noqa: E402
+    NARROW_BYTES,
     UNIT_BYTES,
     gather_kernel,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.plan_kernel import IDS, plan_kernel  # noqa: E402
-from vllm.model_executor.layers.fused_moe.expert_slots.reference import (  # noqa: E402
-    max_waves,
-    stream_width,
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.plan_kernel import (  # noqa: E402
+    plan_constants,
+    plan_kernel,
 )
 
 backends.pop(_STAND_IN, None)
@@ -41,55 +41,64 @@ backends.pop(_STAND_IN, None)
 ARCHITECTURES = (80, 90, 120)
 _POINTERS = {
     "is_padding": "*u8",
-    **dict.fromkeys(("last_needed", "frequency", "totals", "mirror", "order", "unit_lane"), "*i64"),
-    **dict.fromkeys(("homes", "slots", "row_lanes"), "*i64"),
+    **dict.fromkeys(("last_needed", "frequency", "totals", "keys", "unit_begin"), "*i64"),
+    **dict.fromkeys(("homes", "row_bytes"), "*i64"),
 }
-_SCALARS = {"num_ids": "i32", "bytes_per_expert": "i64", "wave": "i32", "waves": "i32"}
-
-
-def plan_constants(experts: int, slots: int, top_k: int, tokens: int, lfu: bool) -> dict[str, Any]:
-    width = stream_width(slots)
-    slots_pad = triton.next_power_of_2(slots)
-    return {
-        **{"E": experts, "N": slots, "TOP_K": top_k, "LFU": lfu, "HALF_LIFE": 128, "UNIT": 1024},
-        "ONE_WAVE": max_waves(experts, slots, tokens * top_k) == 1,
-        **{"WIDTH": width, "RING": min(slots, 2 * width), "HAS_PADDING": True},
-        **{"E_PAD": triton.next_power_of_2(experts), "N_PAD": slots_pad},
-        **{"IDS": IDS, "CHUNK": max(1, 4096 // slots_pad)},
-    }
+_SCALARS = {
+    **dict.fromkeys(("num_ids", "num_ids_known"), "i32"),
+    **dict.fromkeys(("mirror", "bytes_per_expert"), "i64"),
+}
 
 
 def variants() -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Name, kernel and constants of each compilation: decode and prefill of small and large."""
-    for experts, slots, top_k, tokens in (
-        *((32, 8, 4, 1), (128, 64, 8, 1), (128, 64, 8, 64)),
-        *((512, 256, 10, 1), (512, 256, 10, 8192), (512, 511, 16, 8192)),
-    ):
+    """Name, kernel and constants of each compilation: small and large, with and without a map, with
+    and without rows that are no multiple of 16 bytes."""
+    for experts, slots, top_k in ((32, 8, 4), (128, 64, 8), (256, 64, 8), (512, 256, 10)):
         for policy in ("lru", "lfu"):
-            name = f"plan E={experts} N={slots} top-{top_k}, {tokens} tokens, {policy}"
-            constants = plan_constants(experts, slots, top_k, tokens, policy == "lfu")
-            yield name, plan_kernel, constants
-    lanes = UNIT_BYTES // 16
-    yield "gather", gather_kernel, {"UNITS": 288, "WIDTH": 8, "LANES": lanes}
+            for has_map in (False, True):
+                name = f"plan E={experts} N={slots} top-{top_k}, {policy}"
+                constants = plan_constants(experts, slots, policy, 128)
+                constants |= {"TOP_K": top_k, "HAS_PADDING": True, "HAS_MAP": has_map}
+                yield name + ", map" * has_map, plan_kernel, constants
+    for narrow in (0, NARROW_BYTES):
+        name = "gather, narrow rows" if narrow else "gather"
+        yield name, gather_kernel, {"UNITS": 288, "WIDE": UNIT_BYTES // 8, "NARROW": narrow}
 
 
 def compile_for(kernel: Any, constants: dict[str, Any], architecture: int) -> Any:
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = _SCALARS.get(name) or _POINTERS.get(name, "*i32")
-        if signature[name].startswith("*") and name != "wave_tables":
-            attributes[(index,)] = [["tt.divisibility", 16]]
+    constants = dict(constants)
+    num_warps = constants.pop("num_warps", 8)
+    signature = {}
+    for name in kernel.arg_names:
+        if name not in constants:
+            signature[name] = _SCALARS.get(name) or _POINTERS.get(name, "*i32")
+            if name == "rows" and kernel is gather_kernel:
+                signature[name] = "*i64"
+    aligned = [name for name, kind in signature.items() if kind[0] == "*"]
+    return compile_with(kernel, signature, constants, aligned, architecture, num_warps)
+
+
+def compile_with(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    aligned: Sequence[str],
+    architecture: int,
+    num_warps: int,
+) -> Any:
+    """Args:
+    signature: type of each argument that is no constant, such as "*i32".
+    aligned: which of them are multiples of 16.
+    """
+    place = kernel.arg_names.index
     source = ASTSource(
         fn=kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(n),): value for n, value in constants.items()},
-        attrs=attributes,
+        signature={n: signature.get(n, "constexpr") for n in kernel.arg_names},
+        constexprs={(place(name),): value for name, value in constants.items()},
+        attrs={(place(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": 8})
+    return triton.compile(source, target=target, options={"num_warps": num_warps})
 
 
 def usage(cubin: bytes) -> dict[str, int]:

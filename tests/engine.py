@@ -80,8 +80,9 @@ def run(checkpoint: Path, **arguments: Any) -> Run:
 
 
 def assert_offloaded(layers: list[Any], slots: int, experts: int) -> None:
-    """Every layer holds `slots` experts and no more, the rest lives in the store, loads happened,
-    and every slot holds the rows of the expert that the tables name."""
+    """Every layer keeps stock's shape but holds `slots` experts and staging that all layers share,
+    the rest lives in the store, loads happened, and every slot holds the rows of the expert that
+    the tables name."""
     import torch
 
     assert layers
@@ -90,14 +91,31 @@ def assert_offloaded(layers: list[Any], slots: int, experts: int) -> None:
         counters = manager.counters.as_dict()
         assert counters["hits"] + counters["misses"] == counters["needed"] > 0
         assert counters["misses"] == counters["loads"] > 0
+        assert counters["staged"] + counters["evictions"] == counters["loads"]
         per_expert = manager.store.bytes_per_expert
         assert counters["bytes_loaded"] == counters["loads"] * per_expert > 0
         assert counters["slot_bytes"] == slots * per_expert
         assert counters["store_bytes"] == experts * per_expert
         assert set(manager.store.tensors) >= {"w13_weight", "w2_weight"}
-        residents = manager.tables.slot_to_expert
+        residents = manager.residency()
+        assert len(residents) == slots
         for name, master in manager.store.tensors.items():
             parameter = getattr(layer, name)
-            assert parameter.shape[0] == slots and master.shape[0] == experts
-            assert parameter.untyped_storage().nbytes() == slots * master[0].nbytes
-            assert torch.equal(parameter.data, master[residents])
+            assert parameter.shape == master.shape and len(master) == experts
+            assert parameter.data_ptr() == manager.rows.tensors[name].data_ptr()
+            assert torch.equal(parameter.data[experts - slots :], master[residents])
+    assert_memory_is_shared(layers, slots, experts)
+
+
+def assert_memory_is_shared(layers: list[Any], slots: int, experts: int) -> None:
+    """All layers' rows lie in one memory, which is L * N + (E - N) experts and not L * E."""
+    (memory,) = {layer.slots.rows.memory for layer in layers}
+    sizes = [
+        (name, experts, experts - slots, tensor[0].nbytes)
+        for layer in layers
+        for name, tensor in layer.slots.rows.tensors.items()
+    ]
+    elastic = [size for size in sizes if size[2] * size[3] >= memory.page]
+    rows = sum(size[3] for size in elastic)
+    staging = rows // len(layers) * (experts - slots)
+    assert abs(memory.committed - (rows * slots + staging)) <= 2 * memory.page * len(elastic)

@@ -31,12 +31,16 @@ class EngineProcess:
             log.append(line)
         raise RuntimeError("".join(log[-40:]))
 
-    def pss(self) -> int:
-        """Bytes of memory, pages that others have mapped too by their share."""
+    def memory(self) -> dict[str, int]:
+        """Bytes of memory after a long prompt: `pss`, pages that are mapped several times by their
+        share; `rss`, once for each mapping of this process."""
         assert self.process.stdin is not None
         self.process.stdin.write("pss\n")
         self.process.stdin.flush()
-        return self.answer()["pss"]
+        return self.answer()
+
+    def pss(self) -> int:
+        return self.memory()["pss"]
 
     def end(self) -> None:
         self.process.communicate(timeout=60)

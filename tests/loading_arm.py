@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine import answers, moe_layers, sampling, start
+from engine import PROMPTS, answers, moe_layers, sampling, start
 
 
 def memory(field: str, file: str = "status") -> int:
@@ -30,6 +30,7 @@ def watched(load_model: Any, measured: dict[str, Any]) -> Any:
         with open("/proc/self/clear_refs", "w") as peak:
             peak.write("5")  # the peak starts anew
         before, begin = memory("VmRSS"), time.perf_counter()
+        measured["pss_before"] = memory("Pss", "smaps_rollup")
         model = load_model(*args, **kwargs)
         measured["load_s"] = time.perf_counter() - begin
         measured["peak_bytes"] = memory("VmHWM") - before
@@ -74,7 +75,8 @@ def main(model: str, slots: str | None = None, shared_store: str | None = None) 
     layers = moe_layers(llm)
     measured["outputs"] = answers(llm.generate(["The licence grants"], sampling(4), use_tqdm=False))
     if slots is not None:
-        measured["slot_bytes"] = sum(layer.slots.buffers.num_bytes for layer in layers)
+        measured["slot_bytes"] = sum(layer.slots.rows.slot_bytes for layer in layers)
+        measured["row_bytes"] = layers[0].slots.rows.memory.committed
         measured["store_bytes"] = sum(layer.slots.store.num_bytes for layer in layers)
     experts = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
     whole = llm.llm_engine.model_executor.driver_worker.worker.get_model()
@@ -83,7 +85,9 @@ def main(model: str, slots: str | None = None, shared_store: str | None = None) 
     print("\n" + json.dumps(measured), flush=True)
     for line in sys.stdin:
         if line.strip() == "pss":
-            print("\n" + json.dumps({"pss": memory("Pss", "smaps_rollup")}), flush=True)
+            llm.generate(PROMPTS[1], sampling(1), use_tqdm=False)  # needs nearly every expert
+            found = {"pss": memory("Pss", "smaps_rollup"), "rss": memory("Rss", "smaps_rollup")}
+            print("\n" + json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import shared_store
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory
 
 LAYERS = ["a", "b", "c", "d"]
 
@@ -35,8 +36,9 @@ def build_slowly(place: Path, identity: dict[str, Any], started: Any, answers: A
 
 
 def attach(place: Path, identity: dict[str, Any], write: bool) -> None:
-    """Attaches the store, and writes into it if told to."""
+    """Attaches the store as a layer does, and writes into it if told to."""
     with shared_store(place, identity) as store:
         tensor = store.attach("a")["w13_weight"]
+        HostMemory().pin(tensor, read_only=True)
         if write:
             tensor.zero_()

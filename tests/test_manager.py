@@ -1,27 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manager's invariants hold for every routing, slot count and policy."""
+"""The decisions' invariants hold for every routing, slot count and policy."""
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
-from vllm.model_executor.layers.fused_moe.expert_slots.host_store import ExpertStore
-from vllm.model_executor.layers.fused_moe.expert_slots.manager import ExpertSlotManager
-from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.manager import CPUSlotManager
+from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
+    FREQUENCY_UNIT,
+    MAX_HALF_LIFE,
+    ExpertHistory,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import ExpertStore
 
 
 def make_manager(
-    num_experts: int, num_slots: int, policy: str, half_life: int = 4
-) -> ExpertSlotManager:
-    rows = torch.arange(num_experts * 6, dtype=torch.float32).reshape(num_experts, 2, 3)
+    num_experts: int, num_slots: int, policy: str, half_life: int = 4, memory=None
+) -> CPUSlotManager:
+    """Rows of one page each, so that all of staging is shared."""
+    rows = torch.arange(num_experts * 1024, dtype=torch.float32).reshape(num_experts, 2, 512)
     store = ExpertStore({"w13_weight": rows, "w2_weight": -rows[:, 0]})
     parameters = {
         name: torch.nn.Parameter(t, requires_grad=False) for name, t in store.tensors.items()
     }
-    buffers = SlotBuffers(parameters, store, num_slots, torch.device("cpu"))
     config = MoEPrefetchConfig(slots=num_slots, policy=policy, lfu_half_life=half_life)
-    return ExpertSlotManager(config, buffers)
+    return CPUSlotManager(config, ExpertRows(parameters, store, num_slots, memory or HostMemory()))
 
 
 @st.composite
@@ -38,81 +47,107 @@ def routings(draw):
     return num_experts, num_slots, draw(st.sampled_from(["lru", "lfu"])), steps
 
 
-def assert_consistent(manager: ExpertSlotManager) -> None:
-    tables = manager.tables
-    assert tables.expert_to_slot[-1] == -1
-    for slot, expert in enumerate(tables.slot_to_expert.tolist()):
-        assert tables.expert_to_slot[expert] == slot
-        for name, master in manager.store.tensors.items():
-            assert torch.equal(manager.buffers.tensors[name][slot], master[expert])
-    resident = (tables.expert_to_slot >= 0).sum()
-    assert resident == manager.num_slots
+def resident(manager: CPUSlotManager) -> set[int]:
+    return set(manager.residency())
 
 
 @settings(max_examples=150, deadline=None)
 @given(routings())
 def test_every_step_keeps_the_invariants(case):
     num_experts, num_slots, policy, steps = case
-    manager, twin = (make_manager(num_experts, num_slots, policy) for _ in range(2))
-    for rows in steps:
-        topk_ids = torch.tensor(rows, dtype=torch.int32)
+    memory = HostMemory()
+    manager, other_layer = (
+        make_manager(num_experts, num_slots, policy, memory=memory) for _ in range(2)
+    )
+    twin = make_manager(num_experts, num_slots, policy)
+    for step in steps:
+        topk_ids = torch.tensor(step, dtype=torch.int32)
         needed = set(topk_ids.flatten().tolist()) - {-1}
-        slot_before = {e: s for s, e in enumerate(manager.tables.slot_to_expert.tolist())}
-        resident = set(slot_before)
-        before = manager.counters.loads
-        plan = manager.plan(topk_ids)
-        hits = needed & resident
-        served, loaded = set(hits), []
-        for wave, (experts, slots) in enumerate(plan.waves()):
-            manager.buffers.load(experts, slots)
-            # A slot takes one expert of a wave; what the wave computes holds its own rows.
-            assert len(set(slots.tolist())) == len(slots)
-            computed = dict(zip(experts.tolist(), slots.tolist(), strict=True))
-            if wave == 0:
-                computed |= {expert: slot_before[expert] for expert in hits}
-            assert len(set(computed.values())) == len(computed)
-            for expert, slot in computed.items():
-                for name, master in manager.store.tensors.items():
-                    assert torch.equal(manager.buffers.tensors[name][slot], master[expert])
-            served |= set(computed)
-            loaded += experts.tolist()
-        assert served == needed
-        assert sorted(loaded) == sorted(needed - resident)  # each missing expert exactly once
-        assert plan.hits == len(needed & resident)
-        assert plan.overflow == (len(needed) > num_slots)
-        assert manager.counters.loads - before == len(loaded)
-        assert_consistent(manager)
-        replay = twin.plan(topk_ids)
-        assert torch.equal(twin.tables.slot_to_expert, manager.tables.slot_to_expert)
-        assert replay.wave_loads == plan.wave_loads
-        assert torch.equal(replay.load_slots, plan.load_slots)
-        if not plan.overflow:
-            remapped = manager.remap(topk_ids)
-            assert torch.equal(remapped < 0, topk_ids < 0)
-    counters = manager.counters
-    assert counters.hits + counters.misses == counters.needed
-    assert counters.misses == counters.loads
-    assert counters.bytes_loaded == counters.loads * manager.store.bytes_per_expert
+        before, counted = resident(manager), manager.counters.as_dict()
+        values = manager.history.values().copy()
+        rows = manager.step(topk_ids)
+        # The kernel finds every expert that it needs in the row that it is told.
+        assert torch.equal(rows < 0, topk_ids < 0) and rows.dtype == topk_ids.dtype
+        for expert, row in zip(topk_ids.flatten().tolist(), rows.flatten().tolist(), strict=True):
+            for name, home in manager.store.tensors.items():
+                assert expert < 0 or torch.equal(manager.rows.tensors[name][row], home[expert])
+        # Each missing expert crosses once; what is needed and resident stays.
+        moved = {name: value - counted[name] for name, value in manager.counters.as_dict().items()}
+        after, misses = resident(manager), needed - before
+        assert moved["needed"] == len(needed) and moved["hits"] == len(needed & before)
+        assert moved["loads"] == moved["misses"] == len(misses)
+        assert before & needed <= after and after <= before | needed
+        assert moved["staged"] == len(misses - after)
+        assert moved["evictions"] == len(after - before) == len(before - after)
+        assert moved["overflow_steps"] == (len(needed) > num_slots)
+        assert moved["staged_steps"] == (len(misses - after) > 0)
+        # Staged only when no slot was left; those kept were worth most, the evicted least.
+        assert not misses - after or after <= needed
+        worth = [(-values[e], e) for e in misses]
+        assert sorted(worth)[: len(after - before)] == sorted((-values[e], e) for e in after - before)
+        kept = [(values[e], e) for e in before - needed & after]
+        gone = [(values[e], e) for e in before - after]
+        assert not gone or not kept or max(gone) < min(kept)
+        # Another layer writes staging; slots are this layer's own.
+        other_layer.step(torch.arange(num_experts).reshape(1, -1))
+        for name, slots in manager.rows.slots.items():
+            assert torch.equal(slots, manager.store.tensors[name][manager.residency()])
+        plan = twin.plan(topk_ids)
+        assert twin.residency() == manager.residency()
+        assert len(plan.load_experts) == plan.misses and plan.staged == moved["staged"]
 
 
 def test_lru_evicts_the_expert_needed_longest_ago():
     manager = make_manager(6, 3, "lru")
-    for expert in (0, 1, 2, 0):
-        manager.plan(torch.tensor([[expert]]))
-    manager.plan(torch.tensor([[5]]))
-    assert sorted(manager.tables.slot_to_expert.tolist()) == [0, 2, 5]
+    for expert in (0, 1, 2, 0, 5):
+        manager.step(torch.tensor([[expert]]))
+    assert resident(manager) == {0, 2, 5}
 
 
 def test_lfu_evicts_the_expert_needed_least_often():
     manager = make_manager(6, 3, "lfu", half_life=64)
-    for expert in (0, 0, 1, 1, 2):
-        manager.plan(torch.tensor([[expert]]))
-    manager.plan(torch.tensor([[5]]))
-    assert sorted(manager.tables.slot_to_expert.tolist()) == [0, 1, 5]
+    for expert in (0, 0, 1, 1, 2, 5):
+        manager.step(torch.tensor([[expert]]))
+    assert resident(manager) == {0, 1, 5}
 
 
-def test_overflow_keeps_the_hot_set():
+def test_a_step_that_needs_too_much_keeps_what_was_worth_most():
+    """All hits stay, and of the misses those needed most recently get the slots."""
     manager = make_manager(64, 16, "lru")
-    manager.plan(torch.arange(64).reshape(16, 4))
-    kept = set(manager.tables.slot_to_expert.tolist()) & set(range(16))
-    assert len(kept) >= 12  # the ring is a quarter of the slots
+    for expert in (40, 41, 42, 50):
+        manager.step(torch.tensor([[expert]]))
+    manager.step(torch.arange(8, 24).reshape(-1, 4))  # evicts 40, 41, 42 and 50 among others
+    before = resident(manager)
+    manager.step(torch.tensor([[1, 41, 50, 60]]))  # hits none; 50 and 41 were needed before
+    manager.step(torch.arange(64).reshape(16, 4))
+    assert resident(manager) >= {41, 50} and len(resident(manager) & before) >= 12
+
+
+def test_a_mask_of_padding_rows_needs_nothing():
+    manager = make_manager(8, 3, "lru")
+    ids = torch.tensor([[5], [6]], dtype=torch.int32)
+    rows = manager.step(ids, torch.tensor([False, True]))
+    assert manager.counters.needed == 1 and rows.tolist() == [[5], [4]]
+
+
+def test_reset_goes_back_to_the_start():
+    manager = make_manager(8, 3, "lfu")
+    manager.step(torch.tensor([[5, 6]]))
+    manager.reset()
+    fresh = make_manager(8, 3, "lfu")
+    assert manager.residency() == fresh.residency() == [0, 1, 2]
+    assert manager.counters.as_dict() == fresh.counters.as_dict()
+    assert manager.history.step == 0 and not manager.history.values().any()
+    for name, slots in fresh.rows.slots.items():
+        assert torch.equal(manager.rows.slots[name], slots)
+
+
+def test_no_count_reaches_beyond_its_bits():
+    """The longest half-life with an expert needed in every step: values stay below 2^61."""
+    with pytest.raises(ValidationError):
+        MoEPrefetchConfig(slots=1, policy="lfu", lfu_half_life=MAX_HALF_LIFE + 1)
+    history = ExpertHistory(1, "lfu", MAX_HALF_LIFE)
+    history.frequency[:] = 2 * MAX_HALF_LIFE * FREQUENCY_UNIT - FREQUENCY_UNIT
+    history.step = (1 << 32) - 2
+    history.touch(np.array([True]))
+    assert 0 < history.values()[0] < 1 << 61

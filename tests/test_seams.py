@@ -41,7 +41,7 @@ def test_wrapped_and_replaced_seams_are_the_ones_that_we_touch():
         "from vllm.model_executor.custom_op import op_registry_oot\n"
         "assert not op_registry_oot\n"
         "from vllm.plugins.moe_gpu_prefetch.loading import guard_worker, layers\n"
-        "layers.install()  # as a worker of a slotted model does\n"
+        "with layers.in_place(): pass  # as a worker of a slotted model does\n"
         "guard_worker()  # and one with a GPU\n"
         "for seam, before in zip(SEAMS, stock):\n"
         "    changed = resolve(seam.target) != before\n"

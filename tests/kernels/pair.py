@@ -1,105 +1,101 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference and the kernels, fed the same and compared after every step: in the interpreter by
-the tests beside this file, on a GPU by `benchmarks/gpu_check.py`."""
+"""The CPU's decisions and the kernels, fed the same and compared after every step: in the
+interpreter by the tests beside this file, on a GPU by `benchmarks/gpu_check.py`."""
 
 import torch
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
-from vllm.model_executor.layers.fused_moe.expert_slots.counters import TOTALS
-from vllm.model_executor.layers.fused_moe.expert_slots.device_slots import DeviceSlotManager
-from vllm.model_executor.layers.fused_moe.expert_slots.host_store import ExpertStore
-from vllm.model_executor.layers.fused_moe.expert_slots.manager import ExpertSlotManager
-from vllm.model_executor.layers.fused_moe.expert_slots.pinning import pinned
-from vllm.model_executor.layers.fused_moe.expert_slots.reference import StepPlan
-from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.manager import CPUSlotManager
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import CudaSlotManager
+from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import StepPlan
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory, Memory
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import host_tensor
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import ExpertStore
+
+SMALL_ROWS = {"w13_scale": 4, "w2_scale": 8, "w13_bias": 200, "w2_bias": 401}
+"""Tensors with rows of so many bytes: no multiples of 16."""
 
 
-def make_store(experts: int, width: int = 8) -> ExpertStore:
-    """Two tensors of different rows; every word names its expert and place."""
+def make_store(experts: int, width: int = 8, small: bool = True) -> ExpertStore:
+    """Tensors of different rows; every word names its expert and place."""
     w13 = torch.arange(experts * 3 * width, dtype=torch.int64).reshape(experts, 3, width)
-    return ExpertStore({"w13_weight": w13, "w2_weight": -w13[:, 0].contiguous()})
+    tensors = {"w13_weight": w13, "w2_weight": -w13[:, 0].contiguous()}
+    for name, size in SMALL_ROWS.items() if small else ():
+        place = torch.arange(experts * size).reshape(experts, size)
+        tensors[name] = (place * 31 + len(name)).to(torch.uint8)
+    homes = {name: host_tensor(t.shape, t.dtype).copy_(t) for name, t in tensors.items()}
+    return ExpertStore(homes)
 
 
-def make_manager(
-    cls, store: ExpertStore, slots: int, policy: str, half_life: int, device: str = "cpu"
-):
+def make_rows(store: ExpertStore, slots: int, memory: Memory) -> ExpertRows:
     parameters = {
         name: torch.nn.Parameter(t, requires_grad=False) for name, t in store.tensors.items()
     }
-    buffers = SlotBuffers(parameters, store, slots, torch.device(device))
-    return cls(MoEPrefetchConfig(slots=slots, policy=policy, lfu_half_life=half_life), buffers)
+    return ExpertRows(parameters, store, slots, memory)
 
 
 class Pair:
-    """The reference on the CPU and the kernels on `device`."""
+    """The reference on the CPU and the kernels in `memory`, which is a GPU's or the host's."""
 
     def __init__(
-        self, experts: int, slots: int, policy: str, half_life: int = 4, device: str = "cpu"
+        self,
+        experts: int,
+        slots: int,
+        policy: str,
+        half_life: int = 4,
+        memory: Memory | None = None,
+        expert_map: torch.Tensor | None = None,
     ):
-        self.where = device
+        self.expert_map = expert_map
         store = make_store(experts)
-        if device != "cpu":
-            store = ExpertStore({name: pinned(t) for name, t in store.tensors.items()})
-        self.reference = make_manager(ExpertSlotManager, store, slots, policy, half_life)
-        self.device = make_manager(DeviceSlotManager, store, slots, policy, half_life, device)
+        config = MoEPrefetchConfig(slots=slots, policy=policy, lfu_half_life=half_life)
+        self.reference = CPUSlotManager(config, make_rows(store, slots, HostMemory()))
+        rows = make_rows(store, slots, memory or HostMemory())
+        self.where = rows.tensors["w13_weight"].device
+        here = None if expert_map is None else expert_map.to(self.where)
+        self.device = CudaSlotManager(config, rows, expert_map=here)
 
     def step(self, topk_ids: torch.Tensor, is_padding: torch.Tensor | None = None) -> None:
-        asked = topk_ids
+        """One step of both; `topk_ids` are the model's ids if there is an expert map."""
+        local = topk_ids
+        if self.expert_map is not None:
+            local = torch.where(topk_ids >= 0, self.expert_map[topk_ids.long()], -1)
+        asked = local
         if is_padding is not None:
-            asked = topk_ids.masked_fill(is_padding[:, None], -1)
-        before = self.reference.tables.slots_of_experts.clone()
+            asked = local.masked_fill(is_padding[:, None], -1)
         plan = self.reference.plan(asked)
         mask = None if is_padding is None else is_padding.to(self.where)
-        step = self.device.plan(topk_ids.to(self.where), mask)
-        wave_tables = step.guarded_tables[:, 1:].cpu()
-        assert step.waves >= len(plan.wave_loads)
-        for wave in range(step.waves):
-            if wave <= len(plan.wave_loads):  # of the empty waves, one
-                self.device.load(wave)
-            self._check_wave(plan, before, asked, wave, wave_tables[wave])
-        self.reference.buffers.load(plan.load_experts, plan.load_slots)
-        self._check_state(plan)
-        if step.waves == 1:
-            slot_ids = step.slot_ids.cpu()
-            table = torch.cat((wave_tables[0], torch.tensor([-1], dtype=torch.int32)))
-            assert torch.equal(slot_ids, table[topk_ids.long()])
-            real = asked >= 0
-            assert torch.equal(slot_ids[real], self.reference.remap(asked)[real])
+        rows = self.device.plan(topk_ids.to(self.where), mask)
+        self.device.load()
+        if self.expert_map is None:
+            assert torch.equal(rows.cpu(), self.reference.remap(local))
+        else:
+            assert torch.equal(rows.cpu(), self.reference.remap(self.expert_map))
+        self._check(plan, asked)
 
-    def _check_wave(
-        self, plan: StepPlan, before: torch.Tensor, asked: torch.Tensor, wave: int, table
-    ) -> None:
-        """The wave's table is the reference's, and its experts are in their slots now."""
-        expected = torch.full_like(table, -1)
-        if wave == 0 and plan.needed:
-            needed = torch.unique(asked[asked >= 0]).long()
-            hits = needed[before[needed] >= 0]
-            expected[hits] = before[hits].int()
-        waves = list(plan.waves())
-        if wave < len(waves):
-            experts, slots = waves[wave]
-            expected[experts] = slots.int()
-        assert torch.equal(table, expected)
-        present = torch.nonzero(table >= 0).flatten()
-        for name, home in self.device.store.tensors.items():
-            slots = self.device.buffers.tensors[name].cpu()
-            assert torch.equal(slots[table[present].long()], home[present])
-
-    def _check_state(self, plan: StepPlan) -> None:
+    def _check(self, plan: StepPlan, asked: torch.Tensor) -> None:
         reference, device = self.reference, self.device
         tables, history = reference.tables, reference.history
-        assert torch.equal(device.slot_to_expert.long().cpu(), tables.slot_to_expert)
-        assert torch.equal(device.expert_to_slot.long().cpu(), tables.slots_of_experts)
-        assert torch.equal(device.last_needed.cpu(), history.last_needed)
-        assert torch.equal(device.frequency.cpu(), history.frequency)
-        assert device.head[:3].tolist() == [plan.needed, plan.hits, plan.misses]
-        assert torch.equal(device.load_experts[: plan.misses].cpu().long(), plan.load_experts)
-        assert torch.equal(device.load_slots[: plan.misses].cpu().long(), plan.load_slots)
-        for name, slots in reference.buffers.tensors.items():
-            assert torch.equal(device.buffers.tensors[name].cpu(), slots)
+        for name in ("slot_to_expert", "expert_to_slot"):
+            assert getattr(device, name).tolist() == getattr(tables, name).tolist()
+        assert device.expert_to_row.tolist() == tables.expert_to_row[:-1].tolist()
+        assert device.last_needed.tolist() == history.last_needed.tolist()
+        assert device.frequency.tolist() == history.frequency.tolist()
+        misses = device.num_loads.item()
+        assert misses == plan.misses
+        assert device.load_experts[:misses].tolist() == plan.load_experts.tolist()
+        assert device.load_rows[:misses].tolist() == plan.load_rows.tolist()
         counted = reference.counters.as_dict()
-        assert device.totals.tolist() == [counted[name] for name in TOTALS]
+        assert device.totals.tolist() == [counted[name] for name in list(counted)[: len(device.totals)]]
         assert device.counters.as_dict() == counted
+        # What the step needs is in its rows, and every slot holds its expert.
+        needed = torch.unique(asked[asked >= 0]).long()
+        rows = torch.from_numpy(tables.expert_to_row)[needed].long()
+        residents = device.residency()
+        for name, home in device.store.tensors.items():
+            assert torch.equal(device.rows.tensors[name].cpu()[rows], home[needed])
+            assert torch.equal(device.rows.slots[name].cpu(), home[residents])
 
 
 def routing(generator: torch.Generator, tokens: int, experts: int, top_k: int, skew: float):

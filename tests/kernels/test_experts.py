@@ -1,185 +1,210 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's own fused-MoE kernel over slots and waves gives the bits of full residency."""
+"""vLLM's own fused-MoE kernel over permuted rows gives the bits of full residency, and what a plain
+reference gives."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cuda_library import stand_in_for_cuda_library
+from moe_layer import Layer
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.config import (
-    FusedMoEConfig,
-    FusedMoEParallelConfig,
-    FusedMoEQuantConfig,
-    RoutingMethodType,
-    biased_moe_quant_config,
-)
-from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm.model_executor.layers.fused_moe.experts import triton_moe
+from vllm.platforms import current_platform
 
-from vllm.model_executor.layers.fused_moe.expert_slots import device_slots, experts
-from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
-from vllm.model_executor.layers.fused_moe.expert_slots.device_slots import DeviceSlotManager
-from vllm.model_executor.layers.fused_moe.expert_slots.experts import SlottedTritonExperts
-from vllm.model_executor.layers.fused_moe.expert_slots.host_store import ExpertStore
-from vllm.model_executor.layers.fused_moe.expert_slots.rank_map import RankMap
-from vllm.model_executor.layers.fused_moe.expert_slots.slots import SlotBuffers
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda import experts, gather_kernel
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory
 
-EXPERTS, HIDDEN, WIDTH, TOP_K = 16, 64, 32, 3
+
+class LikeCuda:
+    """This platform, which says that it is like CUDA: there, activations need no gate."""
+
+    def is_cuda_alike(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str):
+        return getattr(current_platform, name)
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     stand_in_for_cuda_library(monkeypatch)
-    monkeypatch.setattr(device_slots, "_GATHER_PROGRAMS", 2)
+    monkeypatch.setattr("vllm.model_executor.layers.fused_moe.config.current_platform", LikeCuda())
+    monkeypatch.setattr(gather_kernel, "PROGRAMS", 2)
 
 
-def moe_config(dtype: torch.dtype, bias: bool) -> FusedMoEConfig:
-    return FusedMoEConfig(
-        num_experts=EXPERTS,
-        experts_per_token=TOP_K,
-        hidden_dim=HIDDEN,
-        intermediate_size=WIDTH,
-        num_local_experts=EXPERTS,
-        num_logical_experts=EXPERTS,
-        activation=MoEActivation.SILU,
-        device="cpu",
-        routing_method=RoutingMethodType.Renormalize,
-        moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
-        in_dtype=dtype,
-        has_bias=bias,
+def assert_equal(layer: Layer, token_counts: tuple[int, ...], referenced: int = 40) -> None:
+    """Every batch has stock's bits, and up to `referenced` tokens a plain reference's values."""
+    for tokens in token_counts:
+        batch = layer.batch(tokens)
+        stock, slots = layer.run("stock", *batch), layer.run("slots", *batch)
+        assert stock.isfinite().all() and stock.abs().max() > 0
+        assert torch.equal(slots, stock)
+        few = [tensor[:referenced] for tensor in batch]
+        tolerance = 1e-5 if layer.dtype == torch.float32 else 5e-3
+        torch.testing.assert_close(
+            slots[:referenced].float(), layer.reference(*few), atol=tolerance, rtol=tolerance
+        )
+    counters = layer.manager.counters
+    assert counters.loads > 0 and counters.steps == len(token_counts)
+
+
+N_1 = {"top_k": 1, "slots": 1}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"slots": slots} for slots in (3, 4, 8, 12, 15)),
+        N_1,
+        {"slots": 4, "policy": "lfu", "bias": True},
+        {"slots": 15, "bias": True, "dtype": torch.float16},
+        {"slots": 5, "dtype": torch.float16},
+        N_1 | {"weight_on_input": True},
+        {"slots": 15, "top_k": 1, "weight_on_input": True, "bias": True},
+        *(
+            {"slots": 3 + number, "activation": activation, "bias": number % 2 == 0}
+            for number, activation in enumerate(MoEActivation)
+            if activation is not MoEActivation.RELU2  # which stock's kernel does not take
+        ),
+    ],
+    ids=lambda options: "-".join(f"{getattr(v, 'value', v)}" for v in options.values()),
+)
+def test_slots_equal_full_residency(options):
+    """Steps of one token and of many: few slots, all but one, every activation, biases, the
+    router's weight on the input; unaligned shortcut and aligned blocks."""
+    layer = Layer(**options)
+    assert_equal(layer, (1, 9, 2, 30))
+    if layer.slots < 10:
+        assert layer.manager.counters.staged > 0
+        assert layer.manager.counters.overflow_steps > 0
+
+
+@pytest.mark.parametrize("tokens", [128, 1000, 8192])
+def test_long_prefills_equal_full_residency(tokens):
+    """Every expert is needed; with four slots twelve are staged, in one launch."""
+    layer = Layer(slots=4)
+    assert_equal(layer, (tokens, 1), referenced=20)
+    assert layer.manager.counters.staged >= 12 - 3
+
+
+def test_the_kernel_is_called_as_stock_calls_it(monkeypatch):
+    """Same configuration, same shapes, same shortcut: what stock's kernel is handed differs in rows
+    of weights and ids alone."""
+    calls = []
+    invoke = triton_moe.invoke_fused_moe_triton_kernel
+
+    def spy(a, b, c, *args, **kwargs):
+        sorted_ids, _, num_padded, mul, top_k, config = args[3:9]
+        shapes = (a.shape, b.shape, c.shape, None if sorted_ids is None else len(sorted_ids))
+        calls.append((shapes, mul, top_k, config, kwargs["compute_type"], b.stride()))
+        invoke(a, b, c, *args, **kwargs)
+
+    monkeypatch.setattr(triton_moe, "invoke_fused_moe_triton_kernel", spy)
+    layer = Layer(slots=3)
+    for tokens in (1, 2, 40):
+        batch = layer.batch(tokens)
+        calls.clear()
+        layer.run("stock", *batch)
+        stock = calls.copy()
+        calls.clear()
+        layer.run("slots", *batch)
+        assert calls == stock and len(stock) == 2
+        assert (stock[0][0][3] is None) == (tokens == 1)
+
+
+def test_two_layers_share_staging_and_nothing_else():
+    """Layer after layer, step after step: what one stages does not disturb the other's slots."""
+    memory = HostMemory()
+    layers = [Layer(slots=4, seed=seed, memory=memory) for seed in range(3)]
+    for tokens in (30, 1, 5, 40):
+        for layer in layers:
+            batch = layer.batch(tokens)
+            assert torch.equal(layer.run("slots", *batch), layer.run("stock", *batch))
+    for layer in layers:
+        residents = layer.manager.residency()
+        for name, slots in layer.manager.rows.slots.items():
+            assert torch.equal(slots, layer.tensors[name][residents])
+    rows = 3 * 4 + 12
+    assert memory.committed == pytest.approx(
+        rows * layers[0].manager.store.bytes_per_expert, abs=6 * 2 * memory.page
     )
 
 
-def run(layer: TritonExperts, x, w13, w2, weights, ids, expert_map=None) -> torch.Tensor:
-    """`apply` as the modular kernel calls it; workspaces start as rubbish."""
-    tokens = len(x)
-    sizes = layer.workspace_shapes(
-        tokens, 2 * WIDTH, HIDDEN, TOP_K, EXPERTS, len(w13), None, MoEActivation.SILU
-    )
-    spaces = [torch.full(size, float("nan"), dtype=x.dtype) for size in sizes]
-    layer.apply(
-        output=spaces[2],
-        hidden_states=x,
-        w1=w13,
-        w2=w2,
-        topk_weights=weights,
-        topk_ids=ids,
-        activation=MoEActivation.SILU,
-        global_num_experts=EXPERTS,
-        expert_map=expert_map,
-        a1q_scale=None,
-        a2_scale=None,
-        workspace13=spaces[0],
-        workspace2=spaces[1],
-        expert_tokens_meta=None,
-        apply_router_weight_on_input=False,
-    )
-    return spaces[2]
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("slots", [3, 4, 8, 12])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_slots_and_waves_equal_full_residency(monkeypatch, dtype, slots, bias):
-    """Steps of one token and of many, over slots of every count, have the bits of all experts
-    resident; and the kernel ran with the configuration of E."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * 0.2).to(dtype)
-
-    tensors = {"w13_weight": normal(EXPERTS, 2 * WIDTH, HIDDEN)}
-    tensors["w2_weight"] = normal(EXPERTS, HIDDEN, WIDTH)
-    if bias:
-        tensors |= {"w13_bias": normal(EXPERTS, 2 * WIDTH), "w2_bias": normal(EXPERTS, HIDDEN)}
-    store = ExpertStore(tensors)
-    parameters = {n: torch.nn.Parameter(t, requires_grad=False) for n, t in tensors.items()}
-    config = moe_config(dtype, bias)
-
-    def quant_config(biases: dict[str, torch.Tensor]) -> FusedMoEQuantConfig:
-        if not bias:
-            return FusedMoEQuantConfig.make()
-        return biased_moe_quant_config(biases["w13_bias"], biases["w2_bias"])
-
-    resident = TritonExperts(config, quant_config(tensors))
-    buffers = SlotBuffers(parameters, store, slots, torch.device("cpu"))
-    slotted = SlottedTritonExperts(config, quant_config(parameters))
-    slotted.slots = DeviceSlotManager(MoEPrefetchConfig(slots=slots), buffers)
-    asked = []
-    lookup = experts.try_get_optimal_moe_config
-
-    def spy(w1_shape, w2_shape, *args, **kwargs):
-        asked.append((w1_shape[0], w2_shape[0]))
-        return lookup(w1_shape, w2_shape, *args, **kwargs)
-
-    monkeypatch.setattr(experts, "try_get_optimal_moe_config", spy)
-    for tokens in (1, 9, 2, 24):
-        x = normal(tokens, HIDDEN)
-        scores = torch.rand(tokens, EXPERTS, generator=generator)
-        weights, ids = scores.topk(TOP_K)
-        ids = ids.to(torch.int32)
-        full = run(resident, x, tensors["w13_weight"], tensors["w2_weight"], weights, ids)
-        got = run(slotted, x, parameters["w13_weight"], parameters["w2_weight"], weights, ids)
-        assert full.isfinite().all() and torch.equal(got, full)
-    counters = slotted.slots.counters
-    assert counters.overflow_steps > 0 and counters.loads > 0
-    assert set(asked) == {(EXPERTS, EXPERTS)}
-
-
-def test_padding_rows_fetch_nobody():
-    """Rows of id -1 load nothing, in one wave and in several; the other rows keep their bits."""
-    generator = torch.Generator().manual_seed(1)
-    tensors = {
-        "w13_weight": torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, generator=generator),
-        "w2_weight": torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator),
-    }
-    parameters = {n: torch.nn.Parameter(t, requires_grad=False) for n, t in tensors.items()}
-    config, unquantised = moe_config(torch.float32, False), FusedMoEQuantConfig.make()
-    buffers = SlotBuffers(parameters, ExpertStore(tensors), 4, torch.device("cpu"))
-    slotted = SlottedTritonExperts(config, unquantised)
-    slotted.slots = DeviceSlotManager(MoEPrefetchConfig(slots=4), buffers)
-    resident = TritonExperts(config, unquantised)
+@pytest.mark.parametrize("slots", [1, 4, 15])
+def test_padding_rows_fetch_nothing(slots):
+    """Rows of id -1 load nothing, one step or many; the other rows keep their bits."""
+    layer = Layer(slots=slots, top_k=1)
     for tokens in (1, 8):
-        x = torch.randn(tokens + 4, HIDDEN, generator=generator)
-        weights, ids = torch.rand(tokens + 4, EXPERTS, generator=generator).topk(TOP_K)
-        ids = ids.to(torch.int32)
+        x, weights, ids = layer.batch(tokens + 4)
         ids[tokens:] = -1
-        before = slotted.slots.counters.needed
-        got = run(slotted, x, parameters["w13_weight"], parameters["w2_weight"], weights, ids)
-        assert slotted.slots.counters.needed - before == len(ids[:tokens].unique())
-        full = run(resident, x, tensors["w13_weight"], tensors["w2_weight"], weights, ids)
+        before = layer.manager.counters.needed
+        got = layer.run("slots", x, weights, ids)
+        assert layer.manager.counters.needed - before == len(ids[:tokens].unique())
+        full = layer.run("stock", x, weights, ids)
         assert torch.equal(got[:tokens], full[:tokens])
 
 
-@pytest.mark.parametrize("placement", ["linear", "round robin"])
-@pytest.mark.parametrize("slots", [3, 4, 7])
-def test_each_rank_of_expert_parallelism_equals_stocks(placement, slots):
-    """Two ranks of eight experts each route ids of all sixteen; over slots, each has the bits of
-    stock's rank, in one wave and in several, and counts its own experts alone."""
-    generator = torch.Generator().manual_seed(2)
-    w13 = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, generator=generator) * 0.2
-    w2 = torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator) * 0.2
+class TestMasks:
+    """`ForwardContext.is_padding`, as the two model runners leave it."""
+
+    def run(self, monkeypatch, mask, skip: bool):
+        layer = Layer(slots=4)
+        monkeypatch.setattr(experts.envs, "VLLM_MOE_SKIP_PADDING", skip, raising=False)
+        monkeypatch.setattr(experts, "is_forward_context_available", lambda: True)
+        context = SimpleNamespace(is_padding=mask)
+        monkeypatch.setattr(experts, "get_forward_context", lambda: context)
+        x, weights, ids = layer.batch(6)
+        got, full = layer.run("slots", x, weights, ids), layer.run("stock", x, weights, ids)
+        return layer, ids, got, full
+
+    def test_padding_rows_by_mask_fetch_nothing(self, monkeypatch):
+        """Set: rewritten each step, and longer than the batch in some runners."""
+        mask = torch.tensor([False, False, True, True, True, True, True, True])
+        layer, ids, got, full = self.run(monkeypatch, mask, skip=True)
+        assert layer.manager.counters.needed == len(ids[:2].unique())
+        assert torch.equal(got[:2], full[:2])
+        assert got.isfinite().all()  # staging that nothing was loaded into is computed on
+
+    @pytest.mark.parametrize("mask", [torch.ones(6, dtype=torch.bool), None])
+    def test_a_mask_that_capture_left_is_not_read(self, monkeypatch, mask):
+        """Unset: a runner leaves the capture's all-true mask in place; every row is real."""
+        layer, ids, got, full = self.run(monkeypatch, mask, skip=False)
+        assert layer.manager.counters.needed == len(ids.unique())
+        assert torch.equal(got, full)
+
+    def test_no_mask(self, monkeypatch):
+        layer, ids, got, full = self.run(monkeypatch, None, skip=True)
+        assert torch.equal(got, full)
+
+
+def rank_maps(placement: str, model: int = 16) -> list[torch.Tensor]:
+    """Each of two ranks' expert map."""
+    everyone, maps = torch.arange(model), []
     for rank in range(2):
-        everyone = torch.arange(EXPERTS)
         here = everyone[rank::2] if placement == "round robin" else everyone.chunk(2)[rank]
-        expert_map = torch.full((EXPERTS,), -1, dtype=torch.int32)
-        expert_map[here] = torch.arange(len(here), dtype=torch.int32)
-        tensors = {"w13_weight": w13[here], "w2_weight": w2[here]}
-        parameters = {n: torch.nn.Parameter(t, requires_grad=False) for n, t in tensors.items()}
-        config, unquantised = moe_config(torch.float32, False), FusedMoEQuantConfig.make()
-        buffers = SlotBuffers(parameters, ExpertStore(tensors), slots, torch.device("cpu"))
-        slotted = SlottedTritonExperts(config, unquantised)
-        slotted.slots = DeviceSlotManager(MoEPrefetchConfig(slots=slots), buffers)
-        slotted.rank_map = RankMap(expert_map)
-        resident = TritonExperts(config, unquantised)
+        maps.append(torch.full((model,), -1, dtype=torch.int32))
+        maps[-1][here] = torch.arange(len(here), dtype=torch.int32)
+    return maps
+
+
+@pytest.mark.parametrize(
+    ("placement", "slots"), [("linear", 1), ("round robin", 3), ("linear", 4), ("round robin", 7)]
+)
+def test_each_rank_of_expert_parallelism_equals_stocks(placement, slots):
+    """Two ranks of eight experts each route ids of all sixteen; from slots, each has the bits of
+    stock's rank, staged steps included, and counts its own experts alone."""
+    for expert_map in rank_maps(placement):
+        layer = Layer(slots=slots, experts=8, expert_map=expert_map)
         needed = 0
         for tokens in (1, 9, 2, 24):
-            x = torch.randn(tokens, HIDDEN, generator=generator)
-            weights, ids = torch.rand(tokens, EXPERTS, generator=generator).topk(TOP_K)
-            ids = ids.to(torch.int32)
-            needed += len(set(ids.unique().tolist()) & set(here.tolist()))
-            full = run(resident, x, *tensors.values(), weights, ids, expert_map)
-            got = run(slotted, x, *parameters.values(), weights, ids, expert_map)
+            x, weights, ids = layer.batch(tokens)
+            ids[tokens // 2 + 1 :, 0] = -1
+            here = expert_map[ids[ids >= 0].long()]
+            needed += len(here[here >= 0].unique())
+            full, got = (layer.run(arm, x, weights, ids) for arm in ("stock", "slots"))
             assert full.isfinite().all() and torch.equal(got, full)
-        counters = slotted.slots.counters
-        assert counters.needed == needed
-        assert counters.overflow_steps > 0 and counters.loads > 0
-        assert sorted(slotted.slots.residency()) == sorted(set(slotted.slots.residency()))
+        counters = layer.manager.counters
+        assert counters.needed == needed and counters.loads > 0
+        assert slots == 7 or counters.staged > 0
+        layer.manager.residency()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU's code in an engine on the CPU: only the platform's answers and the functions of vLLM's
-CUDA library are stood in for. As a plugin of vLLM it does so in an engine's workers too."""
+"""The GPU's code in an engine on the CPU: only the platform's answers, the device's memory and the
+functions of vLLM's CUDA library are stood in for. As a plugin of vLLM it does so in an engine's
+workers too."""
 
 import sys
 from pathlib import Path
@@ -17,11 +18,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
     from vllm.model_executor.layers.fused_moe.oracle import unquantized
 
-    from vllm.model_executor.layers.fused_moe.expert_slots import (
-        device_slots,
-        pinning,
-        routed_experts,
-    )
+    from vllm.model_executor.layers.fused_moe.expert_slots import backend
+    from vllm.model_executor.layers.fused_moe.expert_slots.cuda import gather_kernel
+    from vllm.model_executor.layers.fused_moe.expert_slots.cuda.backend import CudaBackend
+    from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory
     from vllm.plugins.moe_gpu_prefetch import conflicts
 
     stand_in_for_cuda_library(monkeypatch)
@@ -32,10 +32,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(TritonExperts, "_supports_current_device", staticmethod(lambda: True))
     cuda = SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False)
-    monkeypatch.setattr(routed_experts, "current_platform", cuda)
+    monkeypatch.setattr(backend, "current_platform", cuda)
     monkeypatch.setattr(conflicts, "current_platform", cuda)
-    monkeypatch.setattr(pinning, "pin", lambda tensor: None)
-    monkeypatch.setattr(device_slots, "_GATHER_PROGRAMS", 2)
+    monkeypatch.setattr(CudaBackend, "memory", lambda self, device: HostMemory())
+    monkeypatch.setattr(gather_kernel, "PROGRAMS", 2)
 
 
 def register() -> None:

@@ -175,13 +175,16 @@ def _print(planner: MemoryPlanner, plans: Sequence[Plan], auto: int | None) -> N
         f"top-{planner.top_k}, {planner.bytes_per_expert:,} bytes each. GiB:",
         title_justify="left",
     )
-    for column in ("slots", "fits", "GPU", "KV cache", "longest", "resident", "host"):
+    for column in ("slots", "fits", "GPU", "staging", "KV cache", "longest", "resident", "host"):
         table.add_column(column, justify="right")
     for plan in plans:
         table.add_row(
             str(plan.slots) + (" auto" if plan.slots == auto else ""),
             "yes" if plan.fits else "no",
-            *(f"{size / GIB:,.2f}" for size in (plan.gpu_bytes, plan.kv_cache_bytes)),
+            *(
+                f"{size / GIB:,.2f}"
+                for size in (plan.gpu_bytes, plan.staging_bytes, plan.kv_cache_bytes)
+            ),
             f"{plan.kv_sequences:,.1f}",
             str(plan.resident_sequences),
             f"{plan.host_bytes / GIB:,.2f}",
@@ -190,7 +193,8 @@ def _print(planner: MemoryPlanner, plans: Sequence[Plan], auto: int | None) -> N
     console.print(table)
     first = plans[0]
     console.print(
-        f"GPU: slots, {gib(first.other_weight_bytes)} of other weights, and about "
+        f"GPU: slots, staging (rows that all layers share for experts without a slot), "
+        f"{gib(first.other_weight_bytes)} of other weights, and about "
         f"{gib(first.overhead_bytes)} of intermediates and runtime. With the KV cache it shares "
         f"{limits.gpu_limit}.\n"
         f"longest: sequences of {limits.max_model_len:,} tokens that the KV cache holds.\n"

@@ -104,6 +104,11 @@ CONFLICTS = (
         "the slots would be dropped or moved under their tables",
     ),
     Conflict(
+        "decode_backend in --additional-config",
+        lambda arguments: (arguments.additional_config or {}).get("decode_backend", "auto") != "auto",
+        "a model's own decode kernels read the experts' weights by expert id",
+    ),
+    Conflict(
         "--weight-transfer-config",
         lambda arguments: arguments.weight_transfer_config is not None,
         "the experts in host memory are never written after loading",

@@ -2,10 +2,12 @@
 """Puts the layer classes into vLLM's out-of-tree registry, once slots are asked for: until then the
 names are free for other plugins, which vLLM would not let register after us."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
-from vllm.plugins.moe_gpu_prefetch.seams import require
 
 _OURS = ("vllm.plugins.moe_gpu_prefetch", "vllm.model_executor.layers.fused_moe.expert_slots")
 _REPLACED = ("RoutedExperts", "MoERunner")
@@ -20,18 +22,6 @@ def held_by_another(names: tuple[str, ...] = _REPLACED) -> str | None:
     return None
 
 
-def _replace(name: str, replacement: type) -> None:
-    """Puts `replacement` in the place of the layer class called `name`; idempotent.
-
-    Raises:
-        MoEPrefetchError: another plugin holds the name.
-    """
-    if taken := held_by_another((name,)):
-        raise MoEPrefetchError(replaced(taken))
-    if name not in op_registry_oot:
-        PluggableLayer.register_oot(replacement, name=name)
-
-
 def replaced(what: str) -> str:
     """Why slots cannot be where another plugin is."""
     return (
@@ -40,27 +30,59 @@ def replaced(what: str) -> str:
     )
 
 
-def install() -> None:
-    """Puts our classes in the place of stock's `RoutedExperts` and `MoERunner`."""
-    from vllm.model_executor.layers.fused_moe.expert_slots.routed_experts import (
-        SlottedRoutedExperts,
-    )
-    from vllm.model_executor.layers.fused_moe.expert_slots.runner import SlottedMoERunner
+@contextmanager
+def in_place() -> Iterator[None]:
+    """Within, stock builds our classes instead of its `RoutedExperts` and `MoERunner` and of all
+    that models derive from them: those defined already, and those whose module is imported while
+    the model is built."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-    _replace("RoutedExperts", SlottedRoutedExperts)
-    _replace("MoERunner", SlottedMoERunner)
+    with ExitStack() as stack:
+        for base in (RoutedExperts, MoERunner):
+            for cls in _family(base):
+                _replace(cls)
+            stack.enter_context(_replacing_subclasses(base))
+        yield
 
 
-def install_for_transformers_backend() -> None:
-    """Covers the runner that the transformers backend brings along. Apart from `install`, because
-    importing that backend takes seconds that no other model should pay."""
-    require("vllm.model_executor.models.transformers.moe:TransformersMoERunner")
-    from vllm.model_executor.models.transformers.moe import TransformersMoERunner
+def _family(base: type) -> list[type]:
+    return [base, *(cls for child in base.__subclasses__() for cls in _family(child))]
 
-    from vllm.model_executor.layers.fused_moe.expert_slots.runner import ExpertSlotsRunnerMixin
 
-    bases = (ExpertSlotsRunnerMixin, TransformersMoERunner)
-    _replace(
-        "TransformersMoERunner",
-        type("SlottedTransformersMoERunner", bases, {"__module__": __name__}),
-    )
+def _replace(stock: type) -> None:
+    """Registers ours under the name of the layer class `stock`; idempotent.
+
+    Raises:
+        MoEPrefetchError: another plugin holds the name.
+    """
+    from vllm.model_executor.layers.fused_moe.expert_slots.layer import slotted_class
+
+    if stock.__module__.startswith(_OURS):
+        return
+    if taken := held_by_another((stock.__name__,)):
+        raise MoEPrefetchError(replaced(taken))
+    ours = op_registry_oot.get(stock.__name__)
+    if ours is None:
+        PluggableLayer.register_oot(slotted_class(stock), name=stock.__name__)
+    elif not issubclass(ours, stock):
+        raise MoEPrefetchError(
+            f"--moe-gpu-prefetch: two layer classes are called {stock.__name__} "
+            f"({stock.__module__} and {ours.__mro__[2].__module__}), which vLLM's registry cannot "
+            "tell apart. Serve without --moe-gpu-prefetch."
+        )
+
+
+@contextmanager
+def _replacing_subclasses(base: type) -> Iterator[None]:
+    """Within, a class that is derived from `base` is replaced as soon as it is defined."""
+
+    def __init_subclass__(cls: type, **kwargs: object) -> None:
+        super(base, cls).__init_subclass__(**kwargs)
+        _replace(cls)
+
+    base.__init_subclass__ = classmethod(__init_subclass__)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del base.__init_subclass__

@@ -27,9 +27,10 @@ from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import (
     GIB,
     resident_sequences,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.routed_experts import (
+from vllm.model_executor.layers.fused_moe.expert_slots.layer import (
     ExpertSlotsMixin,
     building,
+    slotted_layers,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import (
     SharedStore,
@@ -44,16 +45,9 @@ from vllm.plugins.moe_gpu_prefetch.seams import require
 logger = init_logger(__name__)
 
 
-def slotted_layers(model: torch.nn.Module) -> list[Any]:
-    """The MoE layers of a loaded model that got slots."""
-    return [module for module in model.modules() if getattr(module, "slots", None) is not None]
-
-
 def all_slotted_layers(vllm_config: Any) -> list[Any]:
     """The MoE layers with slots of this worker, of the model and of its draft."""
-    modules = vllm_config.compilation_config.static_forward_context.values()
-    experts = [getattr(module, "routed_experts", None) for module in modules]
-    return [layer for layer in experts if getattr(layer, "slots", None) is not None]
+    return slotted_layers(vllm_config.compilation_config.static_forward_context.values())
 
 
 @contextmanager
@@ -89,7 +83,7 @@ def report(
     experts = [module for module in model.modules() if isinstance(module, RoutedExperts)]
     missed = [layer for layer in experts if not isinstance(layer, ExpertSlotsMixin)]
     unmade = [layer for layer in experts if layer not in missed and layer.awaits_slots]
-    slotted = slotted_layers(model)
+    slotted = slotted_layers(model.modules())
     if missed:
         raise MoEPrefetchError(
             f"--moe-gpu-prefetch {config.slots}: {len(missed)} of {len(experts)} MoE layers of "
@@ -107,16 +101,18 @@ def report(
         )
     if slotted:
         first = slotted[0]
+        slots = sum(layer.slots.rows.slot_bytes for layer in slotted)
         logger.info(
             "Expert slots: %d MoE layers, %d experts top-%d, %d slots each (%s): %.3f GiB of slots "
-            "on %s, %.3f GiB of experts in host memory, %d bytes per expert. About %d concurrent "
-            "sequences keep their experts resident.",
+            "and %.3f GiB of staging on %s, %.3f GiB of experts in host memory, %d bytes per "
+            "expert. About %d concurrent sequences keep their experts resident.",
             len(slotted),
             first.local_num_experts,
             first.top_k,
             first.num_slots,
             config.policy,
-            sum(layer.slots.buffers.num_bytes for layer in slotted) / GIB,
+            slots / GIB,
+            (first.slots.rows.memory.committed - slots) / GIB,
             first.moe_config.device,
             sum(layer.slots.store.num_bytes for layer in slotted) / GIB,
             first.slots.store.bytes_per_expert,
@@ -148,16 +144,13 @@ def load_into_slots(
     Raises:
         MoEPrefetchError: the slots did not reach every layer, or the checkpoint is incomplete.
     """
-    layers.install()
-    if model_config.using_transformers_backend():
-        layers.install_for_transformers_backend()
     draft = building(draft=model_config.runner_type == "draft")
-    with draft, _store_for(loader, vllm_config, model_config, config) as store:
+    with layers.in_place(), draft, _store_for(loader, vllm_config, model_config, config) as store:
         attached = store is not None and store.ready
         with loading_into(store), nullcontext() if attached else reading_in_windows():
             model = load_model()
         # Before the store is completed: an incomplete checkpoint must not become one.
-        check_all([layer.load_coverage for layer in slotted_layers(model)])
+        check_all([layer.load_coverage for layer in slotted_layers(model.modules())])
     report(model, config, model_config, vllm_config.parallel_config.pipeline_parallel_size)
     guard_worker()
     return model
@@ -166,8 +159,8 @@ def load_into_slots(
 _REFUSED_CALLS = {
     "reload_weights": "the experts in host memory are never written after loading",
     "reset_weights": "the experts in host memory are never written after loading",
-    "compute_weight_checksums": "a slotted layer's parameters are its slots, not the model",
-    "save_tensorized_model": "a slotted layer's parameters are its slots, not the model",
+    "compute_weight_checksums": "a slotted layer's parameters are not the model's",
+    "save_tensorized_model": "a slotted layer's parameters are not the model's",
 }
 """Methods of vLLM's worker that take parameters for the model, and why slots refuse them. (Saving a
 sharded state asks each layer, which refuses: `ExpertSlotsMixin._save_to_state_dict`.)"""
@@ -182,22 +175,27 @@ def guard_worker() -> None:
     loading left them; and what takes parameters for the model is refused before anything has
     changed.
     """
-    for name in ("compile_or_warm_up_model", *_REFUSED_CALLS):
+    for name in _REFUSED_CALLS:
         require(f"vllm.v1.worker.gpu_worker:Worker.{name}")
     from vllm.v1.worker.gpu_worker import Worker
 
-    warm_up = Worker.compile_or_warm_up_model
+    warm = Worker
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        warm = CPUWorker
+    require(f"{warm.__module__}:{warm.__name__}.compile_or_warm_up_model")
+    warm_up = warm.compile_or_warm_up_model
 
     @functools.wraps(warm_up)
     def warm_up_and_reset(self: Worker) -> Any:
         times = warm_up(self)
-        if current_platform.is_cuda():
-            for layer in all_slotted_layers(self.vllm_config):
-                layer.slots.reset()
+        for layer in all_slotted_layers(self.vllm_config):
+            layer.slots.reset()
         return times
 
     wrapping.install(
-        wrapping.Wrap(Worker, "compile_or_warm_up_model", warm_up_and_reset),
+        wrapping.Wrap(warm, "compile_or_warm_up_model", warm_up_and_reset),
         *(wrapping.Wrap(Worker, name, _refusing(getattr(Worker, name))) for name in _REFUSED_CALLS),
     )
 

@@ -3,6 +3,7 @@
 says what was decided, before a weight is read."""
 
 import math
+import mmap
 import os
 from pathlib import Path
 
@@ -31,6 +32,9 @@ from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import make_
 from vllm.plugins.moe_gpu_prefetch.conflicts import bypassed
 
 logger = init_logger(__name__)
+
+_GPU_PAGE = 2 << 20
+"""The granularity of CUDA's virtual memory on all published devices."""
 
 BATCHES = (1, 4, 16, 64)
 
@@ -64,7 +68,7 @@ def limits_of(
     gpu_limit = gib(int(total * share))
     if share < 1:
         gpu_limit += f" (--gpu-memory-utilization {share:g} of {gib(total)})"
-    here = host_memory()
+    here, host_is_device = host_memory(), gpu_memory is None and current_platform.is_cpu()
     takes_host_memory = (
         gpu_memory is None
         and _starts_engines(vllm_config)
@@ -77,7 +81,8 @@ def limits_of(
         host=here if takes_host_memory else None,
         host_reserve=here.reserve(config.host_memory_reserve),
         ranks_per_host=max(1, parallel.world_size // parallel.nnodes),
-        host_is_device=gpu_memory is None and current_platform.is_cpu(),
+        host_is_device=host_is_device,
+        page=mmap.PAGESIZE if host_is_device else _GPU_PAGE,
         max_num_seqs=scheduler.max_num_seqs,
         max_model_len=vllm_config.model_config.max_model_len,
         shortens=vllm_config.model_config.original_max_model_len == -1,
@@ -159,13 +164,14 @@ def _log(planner: MemoryPlanner, slots: int, config: MoEPrefetchConfig) -> None:
     if config.slots == "auto":
         chosen = " (auto: the largest that leaves the KV cache its room)"
     logger.info(
-        "Memory plan: %d of %d expert slots per MoE layer%s; per rank %s of slots, %s of other "
-        "weights, about %s of intermediates and runtime, %s of KV cache (%s), of %s; %s of experts "
+        "Memory plan: %d of %d expert slots per MoE layer%s; per rank %s of slots, %s of staging, "
+        "%s of other weights, about %s of intermediates and runtime, %s of KV cache (%s), of %s; %s of experts "
         "in host memory. %s.",
         plan.slots,
         planner.num_experts,
         chosen,
         gib(plan.slot_bytes),
+        gib(plan.staging_bytes),
         gib(plan.other_weight_bytes),
         gib(plan.overhead_bytes),
         gib(plan.kv_cache_bytes),
@@ -178,8 +184,8 @@ def _log(planner: MemoryPlanner, slots: int, config: MoEPrefetchConfig) -> None:
     if plan.slots < planner.num_experts and expected > plan.slots:
         logger.warning(
             "With --max-num-seqs %d a full batch needs about %.0f distinct experts of a layer, "
-            "more than its %d slots: overflow steps are the normal case then. Lower "
-            "--max-num-seqs to %d, or raise --moe-gpu-prefetch to %d.",
+            "more than its %d slots: steps that load the rest through staging are the normal case "
+            "then. Lower --max-num-seqs to %d, or raise --moe-gpu-prefetch to %d.",
             limits.max_num_seqs,
             expected,
             plan.slots,

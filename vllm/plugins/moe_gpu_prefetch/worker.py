@@ -21,7 +21,7 @@ class ExpertSlotsWorkerExtension:
 
     def expert_slot_residency(self) -> dict[str, list[int]]:
         """The expert in each slot of every slotted layer of this rank, by layer name. Checked
-        first: the tables are each other's inverse, every slot holds its expert's bytes.
+        first: the tables fit each other, every slot holds its expert's bytes.
 
         Raises:
             AssertionError: they are not, or do not.
@@ -29,7 +29,7 @@ class ExpertSlotsWorkerExtension:
         answer = {}
         for layer in self._slotted_layers():
             answer[layer.layer_name] = residents = layer.slots.residency()
-            for name, slots in layer.slots.buffers.tensors.items():
+            for name, slots in layer.slots.rows.slots.items():
                 same = torch.equal(slots.cpu(), layer.slots.store.tensors[name][residents])
                 assert same, f"{layer.layer_name}.{name}: a slot does not hold its expert"
         return answer

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError
 from vllm.config.utils import config
 
+from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import MAX_HALF_LIFE
+
 SLOTS_KEY = "moe_gpu_prefetch"
 OPTIONS_KEY = "moe_gpu_prefetch_config"
 
@@ -37,7 +39,7 @@ class MoEPrefetchConfig:
     """Which resident expert is evicted first: `lru`, the one needed longest ago; `lfu`, the one
     needed least often, counts decaying with `lfu_half_life`."""
 
-    lfu_half_life: int = Field(default=128, ge=1, le=1 << 20, strict=True)
+    lfu_half_life: int = Field(default=128, ge=1, le=MAX_HALF_LIFE, strict=True)
     """For `lfu`: the number of steps of a layer after which a count is worth half."""
 
     draft_slots: Annotated[int, Field(ge=1, strict=True)] | None = None

@@ -14,12 +14,15 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from vllm.model_executor.layers.fused_moe.expert_slots.pinning import pin
-from vllm.model_executor.layers.fused_moe.expert_slots.reference import StepPlan
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import HostPages
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import StepPlan
 
 DIRECTORY_VARIABLE = "MOE_GPU_PREFETCH_COUNTERS"
 
@@ -28,9 +31,10 @@ TOTALS = {
     "needed": "Distinct experts that steps needed",
     "hits": "Needed experts that were resident",
     "misses": "Needed experts that were not resident",
-    "loads": "Experts loaded host-to-device into a slot",
-    "evictions": "Loads that overwrote another expert",
-    "waves": "Passes of the fused-MoE kernel",
+    "loads": "Experts loaded host-to-device",
+    "staged": "Loads into a staging row: used by one step and forgotten",
+    "evictions": "Loads into a slot, each in the place of another expert",
+    "staged_steps": "Steps that loaded into staging rows",
     "overflow_steps": "Steps that needed more experts than there are slots",
     "bytes_loaded": "Bytes loaded host-to-device",
 }
@@ -40,7 +44,7 @@ SIZES = {
     "store_bytes": "Bytes of the layer's host store",
 }
 _FIELDS = [*TOTALS, *SIZES]
-
+_NUM_BYTES = len(_FIELDS) * 8
 
 _PREFIX, _LOCK = "vllm-expert-slots-", "lock"
 
@@ -81,42 +85,45 @@ def _remove_abandoned(place: Path) -> None:
 
 class SlotCounters:
     """Totals of one layer and rank since loading. `hits + misses == needed`; every miss is one
-    load, and as no slot is ever empty, every load is one eviction; bytes are those of the loads."""
+    load, into a staging row or, as no slot is ever empty, in the place of another expert; bytes
+    are those of the loads.
+
+    Attributes:
+        tensor: the totals, [10] int64 in host memory in the order of `TOTALS`, at the start of
+            pages of its own: a memory can pin it, so that kernels count where readers look.
+    """
 
     def __init__(self, layer_name: str, rank: int, slots: int, bytes_per_expert: int, experts: int):
-        self._bytes_per_expert = bytes_per_expert
+        self._slots, self._bytes_per_expert = slots, bytes_per_expert
         directory = os.environ.get(DIRECTORY_VARIABLE)
         if directory and Path(directory).is_dir():
-            path = Path(directory) / f"{rank}@{layer_name}"
-            self._values: np.ndarray = np.memmap(
-                path, dtype=np.int64, mode="w+", shape=(len(_FIELDS),)
-            )
+            pages = _new_file(Path(directory) / f"{rank}@{layer_name}")
         else:
-            self._values = np.zeros(len(_FIELDS), dtype=np.int64)
+            pages = HostPages(_NUM_BYTES)
+        values = pages.tensor(torch.int64, (len(_FIELDS),))
+        self.tensor = values[: len(TOTALS)]
+        self._values = values.numpy()
+        self._totals = self.tensor.numpy()
         self._values[len(TOTALS) :] = (slots, slots * bytes_per_expert, experts * bytes_per_expert)
-        self._totals = self._values[: len(TOTALS)]
 
-    def add(self, plan: StepPlan) -> None:
-        misses = plan.misses
+    def add(self, plan: "StepPlan") -> None:
+        misses, staged = plan.misses, plan.staged
         self._totals += (
             plan.needed > 0,
             plan.needed,
             plan.hits,
             misses,
             misses,
-            misses,
-            len(plan.wave_loads),
-            plan.overflow,
+            staged,
+            misses - staged,
+            staged > 0,
+            plan.needed > self._slots,
             misses * self._bytes_per_expert,
         )
 
-    def device_mirror(self, device: torch.device) -> torch.Tensor:
-        """The totals ([9] int64) as memory that kernels on `device` can write. On a GPU the file's
-        pages are pinned for that, so that readers see the kernel's counts without asking."""
-        mirror = torch.from_numpy(self._totals)
-        if device.type == "cuda":
-            pin(torch.from_numpy(self._values))
-        return mirror
+    def clear(self) -> None:
+        """Nothing was counted."""
+        self._totals.fill(0)
 
     def __getattr__(self, name: str) -> int:
         try:
@@ -126,6 +133,15 @@ class SlotCounters:
 
     def as_dict(self) -> dict[str, int]:
         return dict(zip(_FIELDS, self._values.tolist(), strict=True))
+
+
+def _new_file(path: Path) -> HostPages:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.ftruncate(descriptor, _NUM_BYTES)
+        return HostPages.of_file(descriptor, _NUM_BYTES, 0)
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
+from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms import current_platform
@@ -26,7 +27,7 @@ from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
-from vllm.model_executor.layers.fused_moe.expert_slots.host_store import per_expert_parameters
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import per_expert_parameters
 from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import Footprint, MoELayer
 from vllm.model_executor.layers.fused_moe.expert_slots.versions import kv_cache_bytes
 
@@ -79,6 +80,7 @@ def _measure_stage(vllm_config: VllmConfig, stage: int) -> Footprint:
     vllm_config.compilation_config.static_forward_context.clear()
     with (
         _first_rank_of(stage, vllm_config.parallel_config),
+        _expert_maps_on_the_host(),
         set_default_torch_dtype(model_config.dtype),
         torch.device("meta"),
         set_current_vllm_config(vllm_config),
@@ -102,8 +104,8 @@ def _experts(layer: RoutedExperts) -> dict[str, torch.nn.Parameter]:
 
 
 def _moe_layer(layer: RoutedExperts) -> MoELayer:
-    row_bytes = sum(p[0].nbytes for p in _experts(layer).values())
-    return MoELayer(layer.local_num_experts, layer.top_k, row_bytes)
+    rows = tuple((name, p[0].nbytes) for name, p in _experts(layer).items())
+    return MoELayer(layer.local_num_experts, layer.top_k, rows)
 
 
 def _kv_cache_bytes(vllm_config: VllmConfig) -> tuple[int, int]:
@@ -139,6 +141,23 @@ def _activation_bytes(vllm_config: VllmConfig, layers: list[RoutedExperts]) -> i
     layer_bytes = scheduler.max_num_batched_tokens * (routed + 8 * hidden) * width
     sampler_bytes = scheduler.max_num_seqs * model_config.get_vocab_size() * 20
     return max(layer_bytes, sampler_bytes)
+
+
+@contextmanager
+def _expert_maps_on_the_host() -> Iterator[None]:
+    """Under expert parallelism a layer looks at the values of its expert map, and the meta device
+    has none."""
+    stock = ExpertMapManager.__init__
+
+    def on_the_host(self: ExpertMapManager, *args: Any, **kwargs: Any) -> None:
+        with torch.device("cpu"):
+            stock(self, *args, **kwargs)
+
+    ExpertMapManager.__init__ = on_the_host  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ExpertMapManager.__init__ = stock  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -4,9 +4,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 from vllm.model_executor.layers.fused_moe.expert_slots.host_memory import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import committed_bytes
 
 GIB = 1 << 30
 
@@ -39,11 +41,16 @@ def resident_sequences(num_experts: int, top_k: int, slots: int) -> int:
 
 @dataclass(frozen=True)
 class MoELayer:
-    """One MoE layer on one rank."""
+    """One MoE layer on one rank; `rows` are the names of its per-expert tensors, and the bytes that
+    one expert takes in each."""
 
     experts: int
     top_k: int
-    bytes_per_expert: int
+    rows: tuple[tuple[str, int], ...]
+
+    @property
+    def bytes_per_expert(self) -> int:
+        return sum(row_bytes for _, row_bytes in self.rows)
 
     def resident(self, slots: int) -> int:
         """Experts on the GPU if `slots` are asked for: at least top-k, at most all."""
@@ -56,6 +63,19 @@ class MoELayer:
         """Bytes of the host store; none where every expert has its slot."""
         offloaded = self.resident(slots) < self.experts
         return self.experts * self.bytes_per_expert if offloaded else 0
+
+
+@cache
+def _staging_bytes(layers: tuple[MoELayer, ...], slots: int, page: int) -> int:
+    """What the layers' tensors take beyond their slots: one set of staging rows for all layers, and
+    what is lost at the edges of pages."""
+    elastic = [layer for layer in layers if layer.resident(slots) < layer.experts]
+    tensors = (
+        (name, layer.experts, layer.experts - layer.resident(slots), row_bytes)
+        for layer in elastic
+        for name, row_bytes in layer.rows
+    )
+    return committed_bytes(tensors, page) - sum(layer.slot_bytes(slots) for layer in elastic)
 
 
 @dataclass(frozen=True)
@@ -86,9 +106,14 @@ class Footprint:
     def store_bytes(self, slots: int) -> int:
         return sum(layer.store_bytes(slots) for layer in self.layers)
 
-    def gpu_bytes(self, slots: int) -> int:
+    def staging_bytes(self, slots: int, page: int) -> int:
+        """The staging rows that all layers share, in pages of `page` bytes."""
+        return _staging_bytes(self.layers, slots, page)
+
+    def gpu_bytes(self, slots: int, page: int) -> int:
         """Everything on the GPU but the KV cache."""
-        return self.slot_bytes(slots) + self.other_weight_bytes + self.overhead_bytes
+        experts = self.slot_bytes(slots) + self.staging_bytes(slots, page)
+        return experts + self.other_weight_bytes + self.overhead_bytes
 
     def kv_bytes(self, sequences: int) -> int:
         """KV cache that vLLM asks for to run `sequences` of `max_model_len`."""
@@ -107,6 +132,7 @@ class Limits:
         host_reserve: bytes of host memory that must stay available.
         ranks_per_host: ranks that keep a host store on one machine.
         host_is_device: slots and weights are host memory too (the CPU platform).
+        page: bytes of a page of the memory that slots lie in.
         max_num_seqs: sequences that may run together.
         max_model_len: tokens of the longest sequence.
         shortens: vLLM lowers `max_model_len` to what the KV cache holds.
@@ -120,6 +146,7 @@ class Limits:
     host_reserve: int
     ranks_per_host: int
     host_is_device: bool
+    page: int
     max_num_seqs: int
     max_model_len: int
     shortens: bool
@@ -134,8 +161,9 @@ class Plan:
         slots: expert slots per MoE layer.
         fits: whether it can start.
         reason: why not; or what room it leaves.
-        gpu_bytes: all that one GPU holds but the KV cache: the sum of the next three.
+        gpu_bytes: all that one GPU holds but the KV cache: the sum of the next four.
         slot_bytes: the slots of all layers.
+        staging_bytes: the staging rows that all layers share.
         other_weight_bytes: every weight but the routed experts.
         overhead_bytes: intermediates and runtime, estimates.
         kv_cache_bytes: the KV cache that there is room for.
@@ -150,6 +178,7 @@ class Plan:
     reason: str
     gpu_bytes: int
     slot_bytes: int
+    staging_bytes: int
     other_weight_bytes: int
     overhead_bytes: int
     kv_cache_bytes: int
@@ -202,8 +231,9 @@ class MemoryPlanner:
             slots=slots,
             fits=reason is None,
             reason=reason or room,
-            gpu_bytes=rank.gpu_bytes(slots),
+            gpu_bytes=rank.gpu_bytes(slots, limits.page),
             slot_bytes=rank.slot_bytes(slots),
+            staging_bytes=rank.staging_bytes(slots, limits.page),
             other_weight_bytes=rank.other_weight_bytes,
             overhead_bytes=rank.overhead_bytes,
             kv_cache_bytes=kv_cache,
@@ -268,7 +298,7 @@ class MemoryPlanner:
 
     def _left(self, footprint: Footprint, slots: int) -> int:
         """Room for the KV cache on a GPU; below zero if not even the rest fits."""
-        return self.limits.gpu_bytes - footprint.gpu_bytes(slots)
+        return self.limits.gpu_bytes - footprint.gpu_bytes(slots, self.limits.page)
 
     def _kv_floor(self, footprint: Footprint) -> int:
         """The KV cache without which vLLM does not start."""
@@ -292,11 +322,12 @@ class MemoryPlanner:
                 f"{gib(needed)} of KV cache, {gib(kv_cache)} are given"
             )
         kv_cache = needed if kv_cache is None else kv_cache
-        total = rank.gpu_bytes(slots) + kv_cache
+        total = rank.gpu_bytes(slots, limits.page) + kv_cache
         if total <= limits.gpu_bytes:
             return None
         return (
             f"needs {gib(total)} ({gib(rank.slot_bytes(slots))} slots, "
+            f"{gib(rank.staging_bytes(slots, limits.page))} staging, "
             f"{gib(rank.other_weight_bytes)} other weights, {gib(rank.overhead_bytes)} "
             f"intermediates and runtime, {gib(kv_cache)} KV cache), there are {limits.gpu_limit}"
         )
@@ -318,7 +349,10 @@ class MemoryPlanner:
         taken = host_bytes
         if limits.host_is_device:
             taken += self._on_one_host(
-                [f.slot_bytes(slots) + f.other_weight_bytes for f in self.footprints]
+                [
+                    f.slot_bytes(slots) + f.staging_bytes(slots, limits.page) + f.other_weight_bytes
+                    for f in self.footprints
+                ]
             )
         if limits.host.available - taken >= limits.host_reserve:
             return None

@@ -4,8 +4,9 @@ and for the next start.
 
 A store is a directory named by its key, with the experts' bytes in one file and a manifest that
 says what they are. One process builds it under another name while it holds the key's lock, and
-renames it when it is complete; all map it read-only. A lock dies with its holder, so that a build
-killed at any moment leaves nothing but a directory that the next builder removes.
+renames it when it is complete. Its tensors are mapped writable, as pinning needs them;
+`Memory.pin` then makes them read-only. A lock dies with its holder, so that a build killed at any
+moment leaves nothing but a directory that the next builder removes.
 """
 
 import fcntl
@@ -15,7 +16,6 @@ import os
 import shutil
 import stat
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from vllm.logger import init_logger
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import HostPages
 
 logger = init_logger(__name__)
 
@@ -96,18 +97,18 @@ class SharedStore:
         self._tensors: list[StoredTensor] = []
         self._end = 0
         if complete is not None:
-            self._pages, self._tensors = complete.pages, complete.manifest.tensors
+            self._data, self._tensors = complete.data, complete.manifest.tensors
             # Beside the loading of everything else, which takes as long.
             verifier = ThreadPoolExecutor(1, "expert-store")
-            self._verification = verifier.submit(_damage, self._pages, self._tensors)
+            self._verification = verifier.submit(_damage, self._data, self._tensors)
             verifier.shutdown(wait=False)
         else:
             self._building.mkdir(mode=0o700)
             self._data = _create(self._building / _DATA)
 
     def attach(self, layer: str) -> dict[str, torch.Tensor]:
-        """A layer's tensors of a complete store, [E, ...] each, mapped read-only. The first call
-        waits until every byte of the store is verified.
+        """A layer's tensors of a complete store, [E, ...] each, on pages of their own that are to
+        be made read-only. The first call waits until every byte of the store is verified.
 
         Raises:
             MoEPrefetchError: the store is damaged; it is removed when loading ends.
@@ -117,9 +118,7 @@ class SharedStore:
                 f"the shared expert store {self._place / key_of(self._identity)} is damaged: "
                 f"{damage}. It is removed; start again, and it is built anew."
             )
-        mapped = {
-            t.name: _tensor(self._pages, t, t.offset) for t in self._tensors if t.layer == layer
-        }
+        mapped = {t.name: _mapped(self._data, t) for t in self._tensors if t.layer == layer}
         if not mapped:
             raise MoEPrefetchError(
                 f"the shared store under {self._place} has no layer {layer}. Remove it with "
@@ -131,7 +130,7 @@ class SharedStore:
         """Writes a layer's tensors into the store that is being built.
 
         Returns:
-            The same tensors, mapped read-only from the store.
+            The same tensors in the store, on pages of their own that are to be made read-only.
 
         Raises:
             MoEPrefetchError: the place is full.
@@ -151,8 +150,7 @@ class SharedStore:
             self._end += -(-entry.num_bytes // _ALIGNMENT) * _ALIGNMENT
             os.ftruncate(self._data, self._end)
             self._tensors.append(entry)
-            pages = _mapped(self._data, entry.num_bytes, entry.offset)
-            mapped[name] = _tensor(pages, entry, 0)
+            mapped[name] = _mapped(self._data, entry)
         return mapped
 
     def _write(self, content: memoryview, offset: int) -> None:
@@ -201,8 +199,8 @@ class SharedStore:
                 self._finish()
             else:
                 shutil.rmtree(self._building, ignore_errors=True)
-            os.close(self._data)
         finally:
+            os.close(self._data)
             os.close(self._lock)
 
 
@@ -242,8 +240,9 @@ def _open(place: Path, identity: dict[str, Any]) -> SharedStore:
             return SharedStore(place, identity, lock, found)
         os.close(lock)
         lock = _locked(place, key, fcntl.LOCK_EX)
-        if isinstance(_found(place / key, identity), _Complete):
-            os.close(lock)  # another process was faster
+        if isinstance(faster := _found(place / key, identity), _Complete):
+            os.close(faster.data)  # another process built it
+            os.close(lock)
             continue
         if found is not None:
             logger.warning("Shared expert store %s is rebuilt: %s.", key, found)
@@ -338,9 +337,9 @@ def _checked(path: Path, flags: int) -> int:
 
 @dataclass
 class _Complete:
-    """A store that was found whole: its bytes, mapped read-only, and what they should be."""
+    """A store that was found whole: a descriptor of its bytes, and what they should be."""
 
-    pages: mmap.mmap
+    data: int
     manifest: Manifest
 
 
@@ -362,42 +361,30 @@ def _found(directory: Path, identity: dict[str, Any]) -> _Complete | str | None:
             manifest = Manifest.model_validate_json(file.read())
         if manifest.identity != identity:
             return "it holds another model"
-        data = _checked(directory / _DATA, os.O_RDONLY)
+        data = _checked(directory / _DATA, os.O_RDWR)
     except ValidationError as error:
         return f"its manifest is damaged ({error.error_count()} errors)"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    try:
-        size = os.fstat(data).st_size
-        if size != manifest.num_bytes or not size:
-            return f"it has {size:,} bytes instead of {manifest.num_bytes:,}"
-        pages = _mapped(data, size, 0)
-    finally:
+    size = os.fstat(data).st_size
+    if size != manifest.num_bytes or not size:
         os.close(data)
-    return _Complete(pages, manifest)
+        return f"it has {size:,} bytes instead of {manifest.num_bytes:,}"
+    return _Complete(data, manifest)
 
 
-def _damage(pages: mmap.mmap, tensors: list[StoredTensor]) -> str | None:
+def _damage(data: int, tensors: list[StoredTensor]) -> str | None:
     """Which bytes are not those that were written, or None."""
-    content = memoryview(pages)
+    content = memoryview(mmap.mmap(data, 0, prot=mmap.PROT_READ))
     for tensor in tensors:
         if _digest(content[tensor.offset : tensor.offset + tensor.num_bytes]) != tensor.digest:
             return f"the bytes of {tensor.layer}.{tensor.name} are not those written"
     return None
 
 
-def _mapped(data: int, num_bytes: int, offset: int) -> mmap.mmap:
-    """Bytes of a file as read-only memory."""
-    return mmap.mmap(data, num_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=offset)
-
-
-def _tensor(pages: mmap.mmap, tensor: StoredTensor, offset: int) -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch has no read-only tensors; a write would fault
-        flat = torch.frombuffer(
-            pages, dtype=tensor.torch_dtype, count=torch.Size(tensor.shape).numel(), offset=offset
-        )
-    return flat.view(tensor.shape)
+def _mapped(data: int, tensor: StoredTensor) -> torch.Tensor:
+    pages = HostPages.of_file(data, tensor.num_bytes, tensor.offset)
+    return pages.tensor(tensor.torch_dtype, tensor.shape)
 
 
 def _digest(content: memoryview) -> str:

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order of victims: what a resident expert is worth, as one integer per slot.
+"""What an expert is worth, as one integer each: which resident to evict, which miss to keep.
 
 Values are integers so that the order is total and the same on every device: no clock, no rounding.
 """
 
 from typing import Literal
 
-import torch
+import numpy as np
 
 FREQUENCY_UNIT = 1 << 10
 """What one need adds to an expert's count, so that halvings keep ten binary places."""
+
+MAX_HALF_LIFE = 1 << 17
+"""A count stays below `2 * half_life * FREQUENCY_UNIT`, here 2^28. With the step of the last need
+in the 32 bits below, a value stays below 2^60, and the sum of no two values overflows."""
 
 
 class ExpertHistory:
@@ -25,21 +29,20 @@ class ExpertHistory:
         self.policy = policy
         self.lfu_half_life = lfu_half_life
         self.step = 0
-        self.last_needed = torch.zeros(num_experts, dtype=torch.int64)
-        self.frequency = torch.zeros(num_experts, dtype=torch.int64)
+        self.last_needed = np.zeros(num_experts, np.int64)
+        self.frequency = np.zeros(num_experts, np.int64)
 
-    def values(self, slot_to_expert: torch.Tensor) -> torch.Tensor:
-        """Worth of each slot, [N] int64; the lowest is evicted first, ties by slot number."""
-        recency = self.last_needed.index_select(0, slot_to_expert)
+    def values(self) -> np.ndarray:
+        """Worth of each expert, [E] int64; of equals, the one with the lower id comes first."""
         if self.policy == "lru":
-            return recency
-        return recency.add_(self.frequency.index_select(0, slot_to_expert), alpha=1 << 32)
+            return self.last_needed
+        return (self.frequency << 32) + self.last_needed
 
-    def touch(self, needed: torch.Tensor) -> None:
-        """Opens the next step and records whom it needs; `needed` is [E] bool."""
+    def touch(self, needed: np.ndarray) -> None:
+        """Opens the next step and records which experts it needs; `needed` is [E] bool."""
         self.step += 1
-        self.last_needed.masked_fill_(needed, self.step)
+        self.last_needed[needed] = self.step
         if self.policy == "lfu":
             if self.step % self.lfu_half_life == 0:
                 self.frequency >>= 1
-            self.frequency.add_(needed, alpha=FREQUENCY_UNIT)
+            self.frequency[needed] += FREQUENCY_UNIT

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stock's fused-MoE kernels of the CPU platform over slots.
+"""Stock's fused-MoE kernels of the CPU platform over permuted rows.
 
 Only the kernel's own call is ours. What stock does around it (weights applied to the input, shared
 experts) stays as it is and stays traced, so that compiled code is the same code.
@@ -17,7 +17,7 @@ from vllm.utils.torch_utils import (
     direct_register_custom_op,
 )
 
-from vllm.model_executor.layers.fused_moe.expert_slots.manager import ExpertSlotManager
+from vllm.model_executor.layers.fused_moe.expert_slots.backend import SlotManager
 from vllm.model_executor.layers.fused_moe.expert_slots.versions import moe_op_tags
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ CPU_EXPERTS_CLASSES = {
     "ArmCPUUnquantizedExperts",
     "PowerCPUUnquantizedExperts",
 }
-"""Stock's kernels of the CPU platform that are known to run on remapped expert ids over N slots and
-to give the same bits."""
+"""Stock's kernels of the CPU platform that are known to run on remapped expert ids and to give the
+same bits."""
 
 
 class SlottedCPUExperts(_Stock):
@@ -40,10 +40,10 @@ class SlottedCPUExperts(_Stock):
 
     Attributes:
         slots: the layer's manager, set once its slots are made.
-        layer: the layer, a `RoutedExperts`: its parameters are the slots.
+        layer: the layer, a `RoutedExperts`: its parameters are the rows.
     """
 
-    slots: ExpertSlotManager | None = None
+    slots: SlotManager | None = None
     layer: Any = None
 
     def apply(
@@ -79,35 +79,13 @@ class SlottedCPUExperts(_Stock):
         topk_ids: [tokens, top_k] int32, expert ids of this rank.
         """
         assert self.slots is not None
-        if get_forward_context().attn_metadata is None:
-            # A profiling or warm-up run: its rows are nobody's needs.
-            with self.slots.buffers.reading_store():
-                self._stock(output, hidden_states, topk_weights, topk_ids)
-            return
-        plan = self.slots.plan(topk_ids)
-        self.slots.buffers.load(plan.load_experts, plan.load_slots)
-        if not plan.overflow:
-            self._stock(output, hidden_states, topk_weights, self.slots.remap(topk_ids))
-            return
-        # The CPU kernel reduces over top-k itself, so waves could only be summed after rounding.
-        # Slots and store are one memory here: the arithmetic reads the store, which is exact.
-        with self.slots.buffers.reading_store():
-            self._stock(output, hidden_states, topk_weights, topk_ids)
-
-    def _stock(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        topk_weights: torch.Tensor,
-        ids: torch.Tensor,
-    ) -> None:
         super().apply(
             output=output,
             hidden_states=hidden_states,
             w1=self.layer.w13_weight,
             w2=self.layer.w2_weight,
             topk_weights=topk_weights,
-            topk_ids=ids,
+            topk_ids=self.slots.step(topk_ids),
             activation=self.layer.activation,
             global_num_experts=self.layer.global_num_experts,
             expert_map=None,
@@ -135,7 +113,7 @@ def _moe_expert_slots(
 ) -> None:
     layers = get_forward_context().no_compile_layers
     layer = layers[_resolve_layer_name(layer_name)].routed_experts
-    layer.slotted_kernel.run_step(output, hidden_states, topk_weights, topk_ids)
+    layer.quant_method.moe_kernel.fused_experts.run_step(output, hidden_states, topk_weights, topk_ids)
 
 
 def _moe_expert_slots_fake(

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert slots on vLLM's CPU platform."""
+
+from typing import Any
+
+import torch
+
+from vllm.model_executor.layers.fused_moe.expert_slots.backend import Backend
+from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.experts import (
+    CPU_EXPERTS_CLASSES,
+    slotted_cpu_experts,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.manager import CPUSlotManager
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory, Memory
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
+
+
+class CPUBackend(Backend):
+    pins = False
+
+    def prepare(self, moe_config: Any) -> None:
+        pass
+
+    def objection(self, layer: Any) -> str | None:
+        if layer.use_ep:
+            return "stock's CPU kernels take no expert map; drop --enable-expert-parallel"
+        name = getattr(layer.quant_method, "experts_cls", type(layer.quant_method)).__name__
+        if name in CPU_EXPERTS_CLASSES:
+            return None
+        return f"its kernel {name} is not known to run on remapped expert ids"
+
+    def slotted(self, experts_cls: type) -> type:
+        return slotted_cpu_experts(experts_cls)
+
+    def memory(self, device: torch.device) -> Memory:
+        return HostMemory()
+
+    def manager(
+        self, config: MoEPrefetchConfig, rows: ExpertRows, layer: Any, rank: int
+    ) -> CPUSlotManager:
+        layer.quant_method.moe_kernel.fused_experts.layer = layer
+        return CPUSlotManager(config, rows, layer.layer_name, rank)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer's slots on the CPU platform: tables, decisions, loads, counters."""
+
+import torch
+
+from vllm.model_executor.layers.fused_moe.expert_slots.backend import SlotManager
+from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import ExpertHistory
+from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import (
+    ResidencyTables,
+    StepPlan,
+    checked_residency,
+    plan_step,
+)
+
+
+class CPUSlotManager(SlotManager):
+    """Attributes:
+    tables: which expert is where.
+    history: what the policy goes by.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.reset()
+
+    def reset(self) -> None:
+        self.tables = ResidencyTables(self.num_experts, self.num_slots)
+        self.history = ExpertHistory(
+            self.num_experts, self.config.policy, self.config.lfu_half_life
+        )
+        self.counters.clear()
+        self.rows.fill_slots()
+
+    def plan(self, topk_ids: torch.Tensor) -> StepPlan:
+        """Decides one step; nothing is loaded yet. `topk_ids` as for `step`."""
+        plan = plan_step(self.tables, self.history, topk_ids.numpy())
+        self.counters.add(plan)
+        return plan
+
+    def remap(self, topk_ids: torch.Tensor) -> torch.Tensor:
+        """Expert ids -> row numbers, same shape and dtype; -1 stays -1."""
+        ids = topk_ids.numpy()
+        rows = self.tables.expert_to_row.take(ids)
+        return torch.from_numpy(rows.astype(ids.dtype, copy=False))
+
+    def step(
+        self, topk_ids: torch.Tensor, is_padding: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        asked = topk_ids
+        if is_padding is not None:
+            asked = topk_ids.masked_fill(is_padding[:, None], -1)
+        plan = self.plan(asked)
+        if plan.misses:
+            self.rows.load(plan.load_experts.tolist(), plan.load_rows.tolist())
+        return self.remap(topk_ids)
+
+    def residency(self) -> list[int]:
+        tables = self.tables
+        return checked_residency(
+            tables.slot_to_expert, tables.expert_to_slot, tables.expert_to_row[:-1]
+        )

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer's slots on a GPU: the decisions of `decisions/step.py` and the loads, a kernel each, so
+that a step never waits for the host and can be captured in a CUDA graph."""
+
+import torch
+from vllm.triton_utils import triton
+
+from vllm.model_executor.layers.fused_moe.expert_slots.backend import SlotManager
+from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
+from vllm.model_executor.layers.fused_moe.expert_slots.counters import TOTALS
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.gather_kernel import Gather
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.plan_kernel import (
+    plan_constants,
+    plan_kernel,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import checked_residency
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
+
+
+class CudaSlotManager(SlotManager):
+    """Same decisions, counters and warm start as `CPUSlotManager`.
+
+    Attributes:
+        slot_to_expert: [N] int32. expert_to_slot: [E] int32, -1 = not resident.
+        expert_to_row: [E] int32.
+        last_needed, frequency: [E] int64, as in `ExpertHistory`.
+        totals: the counters, int64 in the order of `TOTALS`.
+        num_loads: [1] int32. load_experts, load_rows: [E] int32, the loads of the last step.
+    """
+
+    def __init__(
+        self,
+        config: MoEPrefetchConfig,
+        rows: ExpertRows,
+        layer_name: str = "",
+        rank: int = 0,
+        expert_map: torch.Tensor | None = None,
+    ):
+        """Args:
+        expert_map: under expert parallelism [experts of the model] int32, id on this rank or -1.
+        """
+        super().__init__(config, rows, layer_name, rank)
+        tensors = list(rows.tensors.values())
+        device = tensors[0].device
+        homes = [rows.memory.pin(home) for home in self.store.tensors.values()]
+        self._gather = Gather(homes, tensors)
+        self._mirror = rows.memory.pin(self.counters.tensor)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        experts = self.num_experts
+        self.slot_to_expert = zeros(self.num_slots)
+        self.expert_to_slot = zeros(experts)
+        self.expert_to_row = zeros(experts)
+        self.last_needed = zeros(experts, dtype=torch.int64)
+        self.frequency = zeros(experts, dtype=torch.int64)
+        self.totals = zeros(len(TOTALS), dtype=torch.int64)
+        self.num_loads = zeros(1)
+        self.load_experts = zeros(experts)
+        self.load_rows = zeros(experts)
+        self._expert_map = expert_map
+        # A kernel that looks the id -1 up in the map finds the entry in front of it: no row.
+        self._mapped = None if expert_map is None else zeros(1 + len(expert_map)) - 1
+        pad = triton.next_power_of_2(experts)
+        self._scratch = zeros(pad), zeros(2, pad, dtype=torch.int64), zeros(pad)
+        self._constants = plan_constants(
+            experts, self.num_slots, config.policy, config.lfu_half_life
+        )
+        self.reset()
+
+    def reset(self) -> None:
+        self.slot_to_expert.copy_(torch.arange(self.num_slots))
+        self.expert_to_slot.fill_(-1)[: self.num_slots] = self.slot_to_expert
+        self.expert_to_row.copy_(torch.arange(self.num_experts).roll(self.num_slots))
+        for tensor in (self.last_needed, self.frequency, self.totals):
+            tensor.zero_()
+        self.counters.clear()
+        self.rows.fill_slots()
+
+    def step(self, topk_ids: torch.Tensor, is_padding: torch.Tensor | None = None) -> torch.Tensor:
+        rows = self.plan(topk_ids, is_padding)
+        self.load()
+        return rows
+
+    def plan(self, topk_ids: torch.Tensor, is_padding: torch.Tensor | None = None) -> torch.Tensor:
+        """Decides one step; takes and returns what `step` does."""
+        topk_ids = topk_ids.contiguous()
+        mapped = self._mapped
+        rows = torch.empty_like(topk_ids) if mapped is None else mapped[1:]
+        plan_kernel[(1,)](
+            topk_ids,
+            topk_ids if is_padding is None else is_padding.view(torch.uint8),
+            topk_ids if self._expert_map is None else self._expert_map,
+            topk_ids.numel(),
+            self.num_experts if self._expert_map is None else len(self._expert_map),
+            self.slot_to_expert,
+            self.expert_to_slot,
+            self.expert_to_row,
+            self.last_needed,
+            self.frequency,
+            self.totals,
+            self._mirror,
+            self.store.bytes_per_expert,
+            self.num_loads,
+            self.load_experts,
+            self.load_rows,
+            rows,
+            *self._scratch,
+            TOP_K=topk_ids.shape[-1],
+            HAS_PADDING=is_padding is not None,
+            HAS_MAP=mapped is not None,
+            **self._constants,
+        )
+        return rows
+
+    def load(self) -> None:
+        """Starts the loads of the step that was planned last."""
+        self._gather.launch(self.num_loads, self.load_experts, self.load_rows)
+
+    def residency(self) -> list[int]:
+        """As the interface says; waits for the device."""
+        tables = (self.slot_to_expert, self.expert_to_slot, self.expert_to_row)
+        return checked_residency(*(table.cpu().numpy() for table in tables))

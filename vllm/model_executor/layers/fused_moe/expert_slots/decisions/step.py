@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one step of one layer does: the code of the CPU platform, the oracle of the CUDA kernel.
+
+Every per-expert tensor of a layer keeps stock's shape `[E, ...]`. Its last N rows are the layer's
+slots. Its first `S = E - N` rows are staging, memory that all layers share:
+
+    row      0 ............. S-1 | S ............. E-1
+             staging             | slot 0 ... slot N-1
+
+A step needs a set of experts. Hits are in slots. A miss takes the slot of the least valuable expert
+that the step does not need. When no such slot is left, the miss is loaded into a staging row, used,
+and forgotten. Exactly N experts are resident and exactly S are not, so every expert has a row: a
+resident its slot, any other the staging row of its rank among the non-residents. The table
+expert -> row is a permutation, whatever is routed, and every step is one launch of stock's kernel.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import ExpertHistory
+
+_NONE = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one step of one layer does.
+
+    Attributes:
+        needed: distinct experts that the step needs.
+        hits: how many of them were resident when it began.
+        staged: how many of the others are loaded into staging rows; the last of the loads.
+        load_experts: [misses] int64, the experts to load.
+        load_rows: [misses] int64, the row of each.
+    """
+
+    needed: int
+    hits: int
+    staged: int
+    load_experts: np.ndarray
+    load_rows: np.ndarray
+
+    @property
+    def misses(self) -> int:
+        return self.needed - self.hits
+
+
+class ResidencyTables:
+    """Which expert is where. No slot is ever empty: they start with experts 0 ... N-1.
+
+    Attributes:
+        slot_to_expert: [N] int64.
+        expert_to_slot: [E] int64, -1 = not resident; the inverse of `slot_to_expert`.
+        expert_to_row: [E + 1] int64, a permutation of the rows; the last entry is a guard that
+            keeps the id -1 (a padding row) at -1.
+    """
+
+    def __init__(self, num_experts: int, num_slots: int):
+        self.num_experts = num_experts
+        self.num_slots = num_slots
+        self.num_staged = num_experts - num_slots
+        self.slot_to_expert = np.arange(num_slots)
+        self.expert_to_slot = np.full(num_experts, -1)
+        self.expert_to_slot[:num_slots] = self.slot_to_expert
+        self.expert_to_row = np.full(num_experts + 1, -1)
+        self.expert_to_row[:num_slots] = self.slot_to_expert + self.num_staged
+        self._staging_rows = np.arange(self.num_staged)
+        self.expert_to_row[num_slots:num_experts] = self._staging_rows
+
+    def replace(self, leaving: np.ndarray, entering: np.ndarray) -> None:
+        """Gives the slots of the residents `leaving` to `entering`, both [n] int64, one for one."""
+        slots = self.expert_to_slot[leaving]
+        self.expert_to_slot[leaving] = -1
+        self.expert_to_slot[entering] = slots
+        self.slot_to_expert[slots] = entering
+        self.expert_to_row[entering] = slots + self.num_staged
+        self.expert_to_row[(self.expert_to_slot < 0).nonzero()[0]] = self._staging_rows
+
+
+def checked_residency(
+    slot_to_expert: np.ndarray, expert_to_slot: np.ndarray, expert_to_row: np.ndarray
+) -> list[int]:
+    """The expert in each slot.
+
+    Args:
+        slot_to_expert: [N] integers.
+        expert_to_slot: [E] integers, -1 = not resident.
+        expert_to_row: [E] integers.
+
+    Raises:
+        AssertionError: the first two are not each other's inverse, the third is no permutation, or
+            a resident's row is not its slot.
+    """
+    residents, slots, rows = (t.tolist() for t in (slot_to_expert, expert_to_slot, expert_to_row))
+    inverse = [-1] * len(slots)
+    for slot, expert in enumerate(residents):
+        inverse[expert] = slot
+    assert inverse == slots and len(set(residents)) == len(residents), (residents, slots)
+    assert sorted(rows) == list(range(len(rows))), rows
+    num_staged = len(slots) - len(residents)
+    assert all(rows[expert] == num_staged + slot for slot, expert in enumerate(residents)), rows
+    return residents
+
+
+def needed_experts(topk_ids: np.ndarray, num_experts: int) -> np.ndarray:
+    """The experts that `topk_ids` (integers of any shape, -1 = none) names, [E] bool."""
+    needed = np.zeros(num_experts + 1, np.bool_)
+    needed[topk_ids.ravel()] = True
+    return needed[:-1]
+
+
+def plan_step(tables: ResidencyTables, history: ExpertHistory, topk_ids: np.ndarray) -> StepPlan:
+    """Decides one step and brings `tables` and `history` to its end.
+
+    Which misses get a slot goes by their value before the step, highest first: by id, a step that
+    needs more experts than there are slots would wash out the policy. Of equals the lower id is
+    first, among misses and among victims. Placed misses take their victims in ascending order of id.
+
+    Args:
+        tables: the layer's tables.
+        history: the layer's recency and frequency.
+        topk_ids: [tokens, top_k] integers, expert ids 0 ... E-1; -1 rows need nothing.
+    """
+    needed = needed_experts(topk_ids, tables.num_experts)
+    num_needed = int(np.count_nonzero(needed))
+    if num_needed == 0:  # padding rows alone: not a step
+        return StepPlan(0, 0, 0, _NONE, _NONE)
+    resident = tables.expert_to_slot >= 0
+    misses = (needed > resident).nonzero()[0]
+    hits = num_needed - len(misses)
+    if not len(misses):
+        history.touch(needed)
+        return StepPlan(num_needed, hits, 0, _NONE, _NONE)
+
+    values = history.values()
+    free = tables.num_slots - hits
+    placed, loads = misses, misses
+    if len(misses) > free:
+        by_value = (-values[misses]).argsort(kind="stable")
+        placed = np.sort(misses[by_value[:free]])
+        loads = np.concatenate((placed, np.sort(misses[by_value[free:]])))
+    if len(placed):
+        candidates = (resident > needed).nonzero()[0]
+        victims = candidates[values[candidates].argsort(kind="stable")[: len(placed)]]
+        tables.replace(victims, placed)
+    history.touch(needed)
+    rows = tables.expert_to_row[loads]
+    return StepPlan(num_needed, hits, len(misses) - len(placed), loads, rows)

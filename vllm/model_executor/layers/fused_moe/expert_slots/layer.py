@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layer seam: a `RoutedExperts` whose parameters are rows over experts in host memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_world_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+
+from vllm.model_executor.layers.fused_moe.expert_slots.backend import (
+    SlotManager,
+    current_backend,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.config import (
+    MoEPrefetchConfig,
+    MoEPrefetchError,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.load_coverage import LoadCoverage
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import SharedStore
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import current as shared_store
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import Memory
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
+    host_tensor,
+    pages_of,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import (
+    ExpertStore,
+    per_expert_parameters,
+)
+
+logger = init_logger(__name__)
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts as _Layer
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner as _Runner
+else:
+    _Layer = _Runner = object
+
+
+_loading_draft: ContextVar[bool] = ContextVar("_loading_draft", default=False)
+
+
+@contextmanager
+def building(draft: bool) -> Iterator[None]:
+    """Within, the layers that are built belong to a draft model, or to the model itself."""
+    token = _loading_draft.set(draft)
+    try:
+        yield
+    finally:
+        _loading_draft.reset(token)
+
+
+def slotted_layers(layers: Any) -> list[Any]:
+    """Those of `layers` (modules of vLLM's static forward context, or a model's) with slots."""
+    experts = [getattr(layer, "routed_experts", layer) for layer in layers]
+    slotted = [layer for layer in experts if getattr(layer, "slots", None) is not None]
+    return list(dict.fromkeys(slotted))
+
+
+def _slots_for(moe_config: FusedMoEConfig) -> int | None:
+    """Slots of a layer that is about to be built; None if it is to be stock's.
+
+    Raises:
+        MoEPrefetchError: the number was not settled.
+    """
+    config = MoEPrefetchConfig.from_additional_config(get_current_vllm_config().additional_config)
+    if config is None:
+        return None
+    asked = config.slots_of(draft=_loading_draft.get())
+    if asked == "auto":
+        raise MoEPrefetchError(
+            "--moe-gpu-prefetch auto was not settled: this engine's configuration was not made "
+            "by EngineArgs, or only its draft has MoE layers. Give a number."
+        )
+    top_k, experts = moe_config.experts_per_token, moe_config.num_local_experts
+    slots = max(asked, top_k)
+    if slots >= experts:
+        logger.info_once(
+            "--moe-gpu-prefetch %d covers all %d experts of a layer: full residency, nothing "
+            "is offloaded.",
+            asked,
+            experts,
+        )
+        return None
+    if slots > asked:
+        logger.warning_once(
+            "--moe-gpu-prefetch %d is below the router's top-k; raised to %d slots per layer.",
+            asked,
+            slots,
+        )
+    return slots
+
+
+class ExpertSlotsMixin(_Layer):
+    """Turns a `RoutedExperts`, stock's or a model's own, into rows over a host store.
+
+    Whether a layer gets slots is decided before stock builds it. One that does not is stock's and
+    nothing else. One that does is created, loaded and processed in host memory, so that its experts
+    are never all on the device. Then (`_process_then_make_slots`) the experts stay there as the
+    store, and the parameters become rows.
+
+    Attributes:
+        slots: the layer's manager, None until its weights have been processed.
+        slots_config: what was asked for.
+        num_slots: slots of this layer, at least its top-k; None where it has none.
+        load_coverage: what the checkpoint brought, None where the layer has no slots.
+        shared_store: the store that is being built or attached, while loading.
+    """
+
+    slots: SlotManager | None = None
+    num_slots: int | None = None
+    load_coverage: LoadCoverage | None = None
+    shared_store: SharedStore | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        values = (*args, *kwargs.values())
+        moe_config = next(value for value in values if isinstance(value, FusedMoEConfig))
+        num_slots = _slots_for(moe_config)
+        if num_slots is None:
+            super().__init__(*args, **kwargs)
+            return
+        backend = current_backend()
+        backend.prepare(moe_config)
+        with torch.device("cpu"):
+            super().__init__(*args, **kwargs)
+        self.num_slots = num_slots
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Arms a layer that stock code has just constructed; its weights are still empty.
+
+        Raises:
+            MoEPrefetchError: this layer cannot be slotted.
+        """
+        if reason := self._objection():
+            raise MoEPrefetchError(
+                f"--moe-gpu-prefetch cannot serve layer {self.layer_name} "
+                f"({type(self).__name__}): {reason}. Or serve without --moe-gpu-prefetch."
+            )
+        backend, vllm_config = current_backend(), get_current_vllm_config()
+        config = MoEPrefetchConfig.from_additional_config(vllm_config.additional_config)
+        assert config is not None
+        self.slots_config = config
+        self._worker_layers = vllm_config.compilation_config.static_forward_context
+        self.load_coverage = LoadCoverage(self, vllm_config.load_config.load_format)
+        self.shared_store = shared_store()
+        self.quant_method.experts_cls = backend.slotted(self.quant_method.experts_cls)
+        self._process_weights = self.quant_method.process_weights_after_loading
+        self.quant_method.process_weights_after_loading = self._process_then_make_slots
+        self.quant_method.requires_device_loading = False
+        for parameter in self.parameters(recurse=False):
+            if backend.pins:  # nothing was written yet, and these pages can be pinned as they are
+                parameter.data = host_tensor(parameter.shape, parameter.dtype)
+            if getattr(getattr(parameter, "weight_loader", None), "__self__", None) is self:
+                parameter.weight_loader = self.weight_loader
+
+    @property
+    def awaits_slots(self) -> bool:
+        """Whether the layer was armed and its weights have not been processed since."""
+        return self.load_coverage is not None and self.slots is None
+
+    def _objection(self) -> str | None:
+        """Why this layer cannot be slotted. The parallel reasons stand in `conflicts.py` too:
+        VLLM_DP_SIZE and a VllmConfig that is made without EngineArgs go past it."""
+        parallel = self.moe_config.moe_parallel_config
+        own = [c for c in type(self).__mro__ if issubclass(c, RoutedExperts)][1]
+        if own.forward_modular is not RoutedExperts.forward_modular:
+            return (
+                f"{own.__module__}.{own.__name__} works on the router's choices in a "
+                "forward_modular of its own"
+            )
+        if parallel.dp_size > 1 or parallel.pcp_size > 1:
+            return (
+                "ranks of data or prefill context parallelism hand each other their tokens; use "
+                "tensor parallelism"
+            )
+        if parallel.enable_eplb:
+            return "EPLB moves experts between ranks; drop --enable-eplb"
+        if self.moe_config.is_lora_enabled:
+            return "LoRA adapters are indexed by expert id; drop --enable-lora"
+        method = type(self.quant_method)
+        if issubclass(method, UnquantizedFusedMoEMethod) and method is not UnquantizedFusedMoEMethod:
+            whose = "a model's own" if method.__module__.startswith("vllm.") else "another plugin's"
+            return f"its method {method.__module__}.{method.__qualname__} is {whose}"
+        if self.quant_method.is_monolithic:
+            return f"its kernel {self.quant_method.experts_cls.__name__} routes by itself"
+        return current_backend().objection(self)
+
+    def weight_loader(self, param: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.slots is not None:
+            raise MoEPrefetchError(
+                f"{self.layer_name}: weights cannot be reloaded into expert slots; restart the "
+                "engine to serve other weights."
+            )
+        loaded = True
+        if self.shared_store is None or not self.shared_store.ready:
+            loaded = super().weight_loader(param, *args, **kwargs)
+        if self.load_coverage is not None:
+            self.load_coverage.record(param, *args, **kwargs)
+        return loaded
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.slots is not None:
+            raise MoEPrefetchError(
+                f"{self.layer_name} holds {self.num_slots} of {self.local_num_experts} experts, so "
+                "its parameters are not the model's. Save from an engine without "
+                "--moe-gpu-prefetch."
+            )
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _process_then_make_slots(self, layer: torch.nn.Module) -> None:
+        assert self.num_slots is not None
+        parameters = per_expert_parameters(layer, self.local_num_experts)
+        attached = self.shared_store is not None and self.shared_store.ready
+        if attached:
+            # The store holds processed experts; stock's processing, on one, builds the kernel.
+            for parameter in parameters.values():
+                parameter.data = parameter.data[:1].clone()
+        self._process_weights(layer)
+        shown = 1 if attached else self.local_num_experts
+        parameters = per_expert_parameters(layer, shown, only=set(parameters))
+        device = self.moe_config.device
+        for name, other in layer.named_parameters(recurse=False):
+            if name not in parameters:
+                other.data = other.data.to(device)
+        store = ExpertStore(self._home({name: p.data for name, p in parameters.items()}))
+        memory = self._memory()
+        if self.shared_store is not None:
+            for tensor in store.tensors.values():
+                memory.pin(tensor, read_only=True)
+        rows = ExpertRows(parameters, store, self.num_slots, memory)
+        manager = current_backend().manager(
+            self.slots_config, rows, self, get_world_group().rank
+        )
+        self.quant_method.moe_kernel.fused_experts.slots = manager
+        self.slots = manager
+        self.shared_store = None
+
+    def _memory(self) -> Memory:
+        """The memory of this worker's rows: that of its first layer, drafts included, or new."""
+        for layer in slotted_layers(self._worker_layers.values()):
+            return layer.slots.rows.memory
+        return current_backend().memory(torch.device(self.moe_config.device))
+
+    def _home(self, processed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The experts in the memory where they stay: the shared store, or this process's own."""
+        if self.shared_store is None:
+            pins = current_backend().pins
+            return {name: _own_pages(t) if pins else t for name, t in processed.items()}
+        if not self.shared_store.ready:
+            return self.shared_store.add(self.layer_name, processed)
+        tensors = self.shared_store.attach(self.layer_name)
+        for name, row in processed.items():
+            if tensors[name].shape[1:] != row.shape[1:] or tensors[name].dtype != row.dtype:
+                raise MoEPrefetchError(
+                    f"the shared store holds {self.layer_name}.{name} as rows of "
+                    f"{tuple(tensors[name].shape[1:])} {tensors[name].dtype}, this model needs "
+                    f"{tuple(row.shape[1:])} {row.dtype}. Remove it with vllm-moe-prefetch "
+                    "stores DIRECTORY --remove."
+                )
+        return tensors
+
+
+def _own_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, or a copy of it if it shares pages with others."""
+    pages = pages_of(tensor)
+    if pages is not None and tensor.is_contiguous() and pages.size == tensor.nbytes:
+        return tensor
+    return host_tensor(tensor.shape, tensor.dtype).copy_(tensor)
+
+
+class CheckedMoERunner(_Runner):
+    """Refuses slots where a runner of the model's own computes: it may read the experts' weights
+    by its own ids, and rows are not ids. Stock's runner and the transformers backend's do not."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        runner = [c for c in type(self).__mro__ if issubclass(c, MoERunner)][1]
+        layer = self.routed_experts
+        if getattr(layer, "num_slots", None) and runner.__name__ not in _RUNNERS:
+            raise MoEPrefetchError(
+                f"--moe-gpu-prefetch cannot serve layer {layer.layer_name}: it is run by "
+                f"{runner.__module__}.{runner.__name__}, which is not known to leave the experts' "
+                "weights to the kernel. Serve this model without --moe-gpu-prefetch."
+            )
+
+
+_RUNNERS = {"MoERunner", "TransformersMoERunner"}
+
+
+def slotted_class(stock: type) -> type:
+    """A `RoutedExperts` class, or a `MoERunner` class, with ours mixed in."""
+    if issubclass(stock, RoutedExperts):
+        name, mixin = f"Slotted{stock.__name__}", ExpertSlotsMixin
+    else:
+        name, mixin = f"Checked{stock.__name__}", CheckedMoERunner
+    return type(name, (mixin, stock), {"__module__": __name__})

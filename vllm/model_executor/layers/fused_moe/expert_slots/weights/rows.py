@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors that a layer's kernel computes from: stock's shape, staging rows first, then slots."""
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import Memory
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import ExpertStore
+
+
+class ExpertRows:
+    """A layer's parameters as E rows, of which the last N are slots (`decisions/step.py`).
+
+    The parameters keep their identity and only change their data, so that whatever refers to them
+    (quantisation config, kernels) follows.
+
+    Attributes:
+        tensors: parameter name -> [E, ...].
+        slots: parameter name -> [N, ...], a view of its last rows.
+        memory: where the rows lie; layers that share it share their staging.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        store: ExpertStore,
+        num_slots: int,
+        memory: Memory,
+    ):
+        self.store = store
+        self.num_slots = num_slots
+        self.num_staged = store.num_experts - num_slots
+        self.memory = memory
+        self.tensors = {
+            name: memory.tensor(name, home.shape, home.dtype, self.num_staged)
+            for name, home in store.tensors.items()
+        }
+        for name, parameter in parameters.items():
+            parameter.data = self.tensors[name]
+        self.slots = {name: tensor[self.num_staged :] for name, tensor in self.tensors.items()}
+        self._rows = list(zip(*(t.unbind() for t in self.tensors.values()), strict=True))
+        self._homes = list(zip(*(t.unbind() for t in store.tensors.values()), strict=True))
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.store.bytes_per_expert * self.num_slots
+
+    def load(self, experts: Sequence[int], rows: Sequence[int]) -> None:
+        """Copies each of `experts` from the store into its row."""
+        for expert, row in zip(experts, rows, strict=True):
+            torch._foreach_copy_(self._rows[row], self._homes[expert])
+
+    def fill_slots(self) -> None:
+        """Loads experts 0 ... N-1 into the slots 0 ... N-1."""
+        for name, slots in self.slots.items():
+            slots.copy_(self.store.tensors[name][: self.num_slots])
