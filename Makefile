@@ -55,6 +55,7 @@ test-matrix: $(READY)
 
 test-kernels: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(EXHAUSTIVE) tests/kernels
+	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/ptx
 
 test-memory: $(READY)
 	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/weights tests/memory

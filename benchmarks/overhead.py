@@ -97,7 +97,7 @@ def throughput(engines: dict[str, Any], requests: int, tokens: int, rounds: int)
         for arm in arms[turn:] + arms[:turn]:
             spent[arm].append(seconds(engines[arm], requests, tokens, seed=number + 1))
     table = Table(
-        *("", "tokens/s", "of stock", "middle half", "hit rate", "loads/token", "overflow steps"),
+        *("", "tokens/s", "of stock (quartiles)", "hit rate", "loads/token", "overflows"),
         title=f"Decode, batch of {requests} ({EXPERTS} experts top-{TOP_K}, {rounds} rounds of "
         f"{tokens} tokens each)",
     )
@@ -105,7 +105,7 @@ def throughput(engines: dict[str, Any], requests: int, tokens: int, rounds: int)
         ratios = [a / b for a, b in zip(spent["stock"], spent[arm], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         speed = requests * tokens / statistics.median(spent[arm])
-        row = [arm, f"{speed:.0f}", f"{middle:.2f}", f"{low:.2f} to {high:.2f}"]
+        row = [arm, f"{speed:.0f}", f"{middle:.2f} ({low:.2f}-{high:.2f})"]
         if now := totals(llm):
             moved = {name: now[name] - warm[arm][name] for name in now}
             row += [

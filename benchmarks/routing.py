@@ -44,9 +44,11 @@ def register() -> None:
 
 
 def hit_rate(exponent: float, slots: int, batch: int, policy: str, steps: int = 1000) -> float:
-    """Hit rate of one layer of 128 experts top-8, by `reference.py`."""
-    from vllm.model_executor.layers.fused_moe.expert_slots.policy import ExpertHistory
-    from vllm.model_executor.layers.fused_moe.expert_slots.reference import (
+    """Hit rate of one layer of 128 experts top-8, by the decisions of the CPU platform."""
+    from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
+        ExpertHistory,
+    )
+    from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import (
         ResidencyTables,
         plan_step,
     )
@@ -54,7 +56,7 @@ def hit_rate(exponent: float, slots: int, batch: int, policy: str, steps: int = 
     generator = torch.Generator().manual_seed(0)
     tables, history = ResidencyTables(128, slots), ExpertHistory(128, policy, 128)
     plans = [
-        plan_step(tables, history, draw(batch, 128, 8, exponent, generator=generator))
+        plan_step(tables, history, draw(batch, 128, 8, exponent, generator=generator).numpy())
         for _ in range(steps)
     ]
     return sum(p.hits for p in plans[100:]) / sum(p.needed for p in plans[100:])

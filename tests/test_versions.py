@@ -7,11 +7,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 import vllm
-from vllm.model_executor.layers.fused_moe.expert_slots import routed_experts, versions
-from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+from vllm.model_executor.layers.fused_moe.expert_slots import versions
 
 
 @pytest.fixture(params=[False, True], ids=["0.32", "0.33"])
@@ -47,13 +45,6 @@ def test_kernels_that_route_are_ruled_out_where_vllm_can(newer):
     assert vars(moe_config) == ({"require_decomposed_backend": True} if newer else {})
 
 
-def test_a_hook_after_the_second_gemm_is_seen(newer):
-    """Experts of 0.32 have no such attribute."""
-    experts = SimpleNamespace(post_gemm2_hook=print) if newer else SimpleNamespace()
-    assert versions.reduces_by_hook(experts) == newer
-    assert not versions.reduces_by_hook(SimpleNamespace(post_gemm2_hook=None))
-
-
 def test_the_kv_cache_is_counted_by_the_functions_of_that_version(newer, monkeypatch):
     """0.33 asks the platform for a builder and hands it to each; 0.32 knows none."""
     if newer:
@@ -80,14 +71,3 @@ def test_the_kv_cache_is_counted_by_the_functions_of_that_version(newer, monkeyp
         ("sequence", *builder, "config", groups),
         ("block", *builder, "config", groups),
     )
-
-
-def test_a_layer_class_that_changes_expert_ids_itself_is_refused(monkeypatch):
-    """0.33's SubstitutedRoutedExperts, say: it would look up slot numbers as expert ids."""
-    monkeypatch.setattr(routed_experts, "_slots_wanted", lambda: True)
-    cls = type("Substituted", (RoutedExperts,), {"forward_modular": lambda self, *args: None})
-    layer = cls.__new__(cls)
-    torch.nn.Module.__init__(layer)
-    layer.layer_name = "model.layers.3.mlp.experts"
-    with pytest.raises(MoEPrefetchError, match=r"layers\.3.*Substituted works on the router's"):
-        routed_experts.slotted(layer)

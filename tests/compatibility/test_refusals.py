@@ -18,6 +18,10 @@ REFUSED = {
     "--enable-dbo": ["--enable-dbo"],
     "--enable-lora": ["--enable-lora"],
     "--enable-sleep-mode": ["--enable-sleep-mode"],
+    "decode_backend in --additional-config": [
+        "--additional-config",
+        '{"decode_backend": "latency_specialized"}',
+    ],
     "--weight-transfer-config": ["--weight-transfer-config", '{"backend": "nccl"}'],
     "--load-format tensorizer": ["--load-format", "tensorizer"],
     "--load-format modelexpress": ["--load-format", "modelexpress"],
@@ -59,12 +63,11 @@ def test_every_conflict_has_its_test(parse):
 
 @pytest.mark.parametrize(
     "conflict",
-    [{"enable_eplb": True}, {"data_parallel_size": 2}, {"cpu_offload_params": {"routed_experts"}}],
+    [{"enable_eplb": True}, {"data_parallel_size": 2}, {"cpu_offload_gb": 1}],
 )
 def test_scripts_are_refused_alike(checkpoint, conflict):
     """`LLM(...)` goes past the command line; the same check answers with an exception."""
     register()
-    conflict = {"cpu_offload_gb": 1} | conflict
     arguments = EngineArgs(str(checkpoint), additional_config={"moe_gpu_prefetch": 8}, **conflict)
     with pytest.raises(MoEPrefetchError, match="cannot be combined"):
         arguments.create_engine_config()
@@ -85,6 +88,22 @@ def test_slots_of_a_draft_that_is_not_there_are_refused(parse, capsys):
     with pytest.raises(SystemExit):
         parse("--moe-gpu-prefetch", "8", "--moe-gpu-prefetch-config.draft_slots", "4")
     assert "draft_slots 4 was given without a draft" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("attribute", ["bf16_decode", "specialized_decode_config"])
+def test_decode_kernels_of_a_models_own_are_refused_by_name(checkpoint, monkeypatch, attribute):
+    """They would read the experts' weights by expert id. Said before a weight is read; with all
+    experts resident they are stock's."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.model_executor.models.qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    monkeypatch.setattr(Qwen3MoeSparseMoeBlock, attribute, "its own", raising=False)
+    with monkeypatch.context() as patch, pytest.raises(MoEPrefetchError) as error:
+        patch.setattr(DefaultModelLoader, "load_weights", lambda *_: pytest.fail("weights read"))
+        start(checkpoint, slots=8)
+    assert f"Qwen3MoeSparseMoeBlock (model.layers.0.mlp) of {checkpoint}" in str(error.value)
+    assert f"({attribute}), which read the experts' weights by expert id" in str(error.value)
+    start(checkpoint, slots=32)
 
 
 def test_a_quantised_model_is_refused_by_its_kernel(checkpoint):

@@ -103,9 +103,7 @@ class Layer:
             quant = biased_moe_quant_config(tensors["w13_bias"], tensors["w2_bias"], **options)
         else:
             quant = FusedMoEQuantConfig.make(**options)
-        return make_unquantized_moe_kernel(
-            quant, config, UnquantizedMoeBackend.TRITON, experts_cls
-        )
+        return make_unquantized_moe_kernel(quant, config, UnquantizedMoeBackend.TRITON, experts_cls)
 
     def batch(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden states [tokens, hidden], router's weights and ids [tokens, top_k]."""

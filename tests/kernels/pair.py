@@ -87,7 +87,9 @@ class Pair:
         assert device.load_experts[:misses].tolist() == plan.load_experts.tolist()
         assert device.load_rows[:misses].tolist() == plan.load_rows.tolist()
         counted = reference.counters.as_dict()
-        assert device.totals.tolist() == [counted[name] for name in list(counted)[: len(device.totals)]]
+        assert device.totals.tolist() == [
+            counted[name] for name in list(counted)[: len(device.totals)]
+        ]
         assert device.counters.as_dict() == counted
         # What the step needs is in its rows, and every slot holds its expert.
         needed = torch.unique(asked[asked >= 0]).long()

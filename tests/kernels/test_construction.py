@@ -2,26 +2,19 @@
 """Where a layer's experts are created, and with which kernel: on a GPU's code, with the meta device
 in the place of the GPU."""
 
-import sys
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from sample import make_checkpoint, make_dbrx, make_gpt_oss
+from stand_in import stand_in
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-PLUGIN = str(Path(__file__).resolve().with_name("gpu_path"))
-sys.path.insert(0, PLUGIN)
-import gpu_path
-
-sys.path.remove(PLUGIN)
-from sample import make_checkpoint, make_dbrx, make_gpt_oss
 
 from vllm.model_executor.layers.fused_moe.expert_slots import footprint
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
@@ -30,7 +23,6 @@ from vllm.model_executor.layers.fused_moe.expert_slots.layer import ExpertSlotsM
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import pages_of
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import per_expert_parameters
 from vllm.plugins.moe_gpu_prefetch import layers, register
-from vllm.plugins.moe_gpu_prefetch.metrics import expose  # noqa: F401  (imported before stand-ins)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +49,7 @@ def built(directory, slots, monkeypatch, ranks: int = 1, **options) -> list[Rout
         str(directory), additional_config={"moe_gpu_prefetch": slots}, enforce_eager=True, **options
     )
     vllm_config = arguments.create_engine_config()
-    gpu_path.stand_in(monkeypatch)
+    stand_in(monkeypatch)
     parallel = SimpleNamespace(tensor_parallel_size=ranks, pipeline_parallel_size=1)
     if ranks > 1:
         vllm_config.parallel_config.tensor_parallel_size = ranks
@@ -168,11 +160,25 @@ def test_a_method_of_a_models_own_is_refused_by_name(directory, monkeypatch):
         built(make_checkpoint(directory / "qwen3-moe"), 5, monkeypatch)
 
 
+def test_a_layer_class_that_changes_expert_ids_itself_is_refused(directory, monkeypatch):
+    """0.33's SubstitutedRoutedExperts, say: there is no proof that slots give the same result."""
+    from vllm.model_executor.models import qwen3_moe
+
+    namespace = {"forward_modular": lambda self, *args: None, "__module__": "vllm.substitution"}
+    own = type("SubstitutedRoutedExperts", (RoutedExperts,), namespace)
+    factory = partial(qwen3_moe.FusedMoEFactory, routed_experts_cls=own)
+    monkeypatch.setattr(qwen3_moe, "FusedMoEFactory", factory)
+    message = r"vllm\.substitution\.SubstitutedRoutedExperts works on the router's choices"
+    with pytest.raises(MoEPrefetchError, match=message):
+        built(make_checkpoint(directory / "qwen3-moe"), 5, monkeypatch)
+
+
 @pytest.mark.parametrize(("slots", "refused"), [(5, True), (32, False)])
 def test_a_runner_of_a_models_own_is_refused_by_name(directory, monkeypatch, slots, refused):
     """It may read the experts' weights by its own ids. Without slots it is left alone."""
-    from vllm.model_executor.layers.fused_moe import layer as factory
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    from vllm.model_executor.layers.fused_moe import layer as factory
 
     # The class of the row before may not have been collected, and vLLM's registry goes by name.
     name = f"LatentMoERunner{slots}"
@@ -180,7 +186,9 @@ def test_a_runner_of_a_models_own_is_refused_by_name(directory, monkeypatch, slo
     monkeypatch.setattr(factory, "MoERunner", latent)
     checkpoint = make_checkpoint(directory / "qwen3-moe")
     if refused:
-        with pytest.raises(MoEPrefetchError, match=r"run by vllm\.models\.kimi_k3\.LatentMoERunner5"):
+        with pytest.raises(
+            MoEPrefetchError, match=r"run by vllm\.models\.kimi_k3\.LatentMoERunner5"
+        ):
             built(checkpoint, slots, monkeypatch)
     else:
         assert_stock(built(checkpoint, slots, monkeypatch), 32)

@@ -5,22 +5,15 @@ In float32: bfloat16 is wrong in Triton's interpreter."""
 
 import gc
 import mmap
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-PLUGIN = str(Path(__file__).resolve().with_name("gpu_path"))
-sys.path.insert(0, PLUGIN)
-import gpu_path
-
-sys.path.remove(PLUGIN)  # or vLLM would find a plugin there, which stands in for good
 from arm import run_arm
 from engine import answers, assert_offloaded, moe_layers, sampling, start
 from sample import make_checkpoint, make_gpt_oss
+from stand_in import stand_in
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.experts import SlottedTritonExperts
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import CudaSlotManager
@@ -41,14 +34,16 @@ def checkpoint(directory):
 
 
 def ask(checkpoint, **options):
-    llm = start(
-        checkpoint, dtype="float32", max_model_len=64, max_num_batched_tokens=32, **options
-    )
+    llm = start(checkpoint, dtype="float32", max_model_len=64, max_num_batched_tokens=32, **options)
     outputs = llm.generate(PROMPTS, [sampling(4 + i) for i in range(3)], use_tqdm=False)
     found = answers(outputs), moe_layers(llm)
     del llm
     gc.collect()
     return found
+
+
+def kernels(layers):
+    return {type(layer.quant_method.moe_kernel.fused_experts) for layer in layers}
 
 
 def token_ids(outputs):
@@ -68,9 +63,9 @@ def reference(checkpoint):
 def stock(checkpoint, reference):
     """What stock answers with its Triton kernel: the CPU platform's words, nearly its logprobs."""
     with pytest.MonkeyPatch.context() as patch:
-        gpu_path.stand_in(patch)
+        stand_in(patch)
         outputs, layers = ask(checkpoint)
-    assert {type(l.quant_method.moe_kernel.fused_experts) for l in layers} == {TritonExperts}
+    assert kernels(layers) == {TritonExperts}
     assert token_ids(outputs) == token_ids(reference)
     for (_, got), (_, expected) in zip(outputs, reference, strict=True):
         for here, there in zip(got, expected, strict=True):
@@ -80,7 +75,7 @@ def stock(checkpoint, reference):
 
 @pytest.fixture
 def gpu_code(monkeypatch):
-    gpu_path.stand_in(monkeypatch)
+    stand_in(monkeypatch)
 
 
 def assert_on_gpu_code(layers, slots, experts=EXPERTS):
@@ -104,7 +99,7 @@ def test_the_engine_equals_stock(gpu_code, checkpoint, stock, slots, policy):
 
 def test_as_many_slots_as_experts_is_stock(gpu_code, checkpoint, stock):
     outputs, layers = ask(checkpoint, slots=EXPERTS)
-    assert {type(l.quant_method.moe_kernel.fused_experts) for l in layers} == {TritonExperts}
+    assert kernels(layers) == {TritonExperts}
     assert outputs == stock
     for layer in layers:
         assert layer.slots is None and layer.quant_method.requires_device_loading
@@ -156,7 +151,7 @@ def test_a_model_with_a_layer_class_of_its_own(directory, monkeypatch):
     """gpt-oss: biases, its own activation, and a loader that fills parameters itself."""
     checkpoint = make_gpt_oss(directory / "gpt-oss")
     reference, _ = ask(checkpoint)
-    gpu_path.stand_in(monkeypatch)
+    stand_in(monkeypatch)
     stock, _ = ask(checkpoint)
     assert token_ids(stock) == token_ids(reference)
     outputs, layers = ask(checkpoint, slots=6)
@@ -172,7 +167,7 @@ def test_two_ranks_of_expert_parallelism_equal_stocks(checkpoint, tmp_path, plac
     the bits of stock's two. (Stock's CPU kernels know no expert parallelism.)"""
     options = {
         "environment": {
-            "PYTHONPATH": str(Path(gpu_path.__file__).parent),
+            "PYTHONPATH": str(Path(__file__).with_name("gpu_path")),
             "TRITON_INTERPRET": "1",
             "TORCHDYNAMO_DISABLE": "1",  # inductor would ask the interpreter for a target
         },

@@ -95,7 +95,7 @@ def test_the_kernel_is_called_as_stock_calls_it(monkeypatch):
     invoke = triton_moe.invoke_fused_moe_triton_kernel
 
     def spy(a, b, c, *args, **kwargs):
-        sorted_ids, _, num_padded, mul, top_k, config = args[3:9]
+        sorted_ids, _, _, mul, top_k, config = args[3:9]
         shapes = (a.shape, b.shape, c.shape, None if sorted_ids is None else len(sorted_ids))
         calls.append((shapes, mul, top_k, config, kwargs["compute_type"], b.stride()))
         invoke(a, b, c, *args, **kwargs)
@@ -174,7 +174,7 @@ class TestMasks:
         assert torch.equal(got, full)
 
     def test_no_mask(self, monkeypatch):
-        layer, ids, got, full = self.run(monkeypatch, None, skip=True)
+        _, _, got, full = self.run(monkeypatch, None, skip=True)
         assert torch.equal(got, full)
 
 

@@ -161,6 +161,14 @@ def test_what_has_no_page_to_share_is_a_plain_tensor(backend):
     assert scales.shape == (8, 2) and memory.committed == 0
 
 
+@pytest.mark.parametrize("row", [2, 50_000])
+def test_device_memory_begins_at_zero(row):
+    """Rows that nothing was loaded into may be computed on: never NaN."""
+    memory = device_memory(FakeDriver())
+    memory.tensor("w", (8, row), torch.float32, staged=6).fill_(float("nan"))
+    assert not memory.tensor("w", (8, row), torch.float32, staged=6).any()
+
+
 @pytest.mark.parametrize("staged,count,row", [(8, 8, 10), (-1, 8, 10), (1, 8, 0)])
 def test_bad_sizes(backend, staged, count, row):
     with pytest.raises(AssertionError):

@@ -1,42 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU's code in an engine on the CPU: only the platform's answers, the device's memory and the
-functions of vLLM's CUDA library are stood in for. As a plugin of vLLM it does so in an engine's
-workers too."""
+"""The GPU's code in an engine's workers too: a plugin of vLLM where this directory is on the
+path."""
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stock picks its Triton kernel; our layer believes it is on CUDA; nothing is pinned."""
-    from cuda_library import stand_in_for_cuda_library
-    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-    from vllm.model_executor.layers.fused_moe.oracle import unquantized
-
-    from vllm.model_executor.layers.fused_moe.expert_slots import backend
-    from vllm.model_executor.layers.fused_moe.expert_slots.cuda import gather_kernel
-    from vllm.model_executor.layers.fused_moe.expert_slots.cuda.backend import CudaBackend
-    from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory
-    from vllm.plugins.moe_gpu_prefetch import conflicts
-
-    stand_in_for_cuda_library(monkeypatch)
-    monkeypatch.setattr(
-        unquantized,
-        "_get_priority_backends",
-        lambda _: [unquantized.UnquantizedMoeBackend.TRITON],
-    )
-    monkeypatch.setattr(TritonExperts, "_supports_current_device", staticmethod(lambda: True))
-    cuda = SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False)
-    monkeypatch.setattr(backend, "current_platform", cuda)
-    monkeypatch.setattr(conflicts, "current_platform", cuda)
-    monkeypatch.setattr(CudaBackend, "memory", lambda self, device: HostMemory())
-    monkeypatch.setattr(gather_kernel, "PROGRAMS", 2)
-
 
 def register() -> None:
+    sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
+    from stand_in import stand_in
+
     stand_in(pytest.MonkeyPatch())

@@ -91,7 +91,7 @@ CONFLICTS = (
     Conflict(
         "--enable-dbo",
         lambda arguments: arguments.enable_dbo or arguments.ubatch_size > 1,
-        "two batches would plan the same slots at a time",
+        "two micro-batches would change the same slots at the same time",
     ),
     Conflict(
         "--enable-lora",
@@ -105,7 +105,9 @@ CONFLICTS = (
     ),
     Conflict(
         "decode_backend in --additional-config",
-        lambda arguments: (arguments.additional_config or {}).get("decode_backend", "auto") != "auto",
+        lambda arguments: (
+            (arguments.additional_config or {}).get("decode_backend", "auto") != "auto"
+        ),
         "a model's own decode kernels read the experts' weights by expert id",
     ),
     Conflict(

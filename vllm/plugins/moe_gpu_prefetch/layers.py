@@ -4,6 +4,7 @@ names are free for other plugins, which vLLM would not let register after us."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 
 from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 
@@ -47,7 +48,8 @@ def in_place() -> Iterator[None]:
 
 
 def _family(base: type) -> list[type]:
-    return [base, *(cls for child in base.__subclasses__() for cls in _family(child))]
+    children: list[type] = base.__subclasses__()
+    return [base, *chain.from_iterable(map(_family, children))]
 
 
 def _replace(stock: type) -> None:
@@ -78,7 +80,7 @@ def _replacing_subclasses(base: type) -> Iterator[None]:
     """Within, a class that is derived from `base` is replaced as soon as it is defined."""
 
     def __init_subclass__(cls: type, **kwargs: object) -> None:
-        super(base, cls).__init_subclass__(**kwargs)
+        super(base, cls).__init_subclass__(**kwargs)  # type: ignore[misc, arg-type]
         _replace(cls)
 
     base.__init_subclass__ = classmethod(__init_subclass__)  # type: ignore[assignment]

@@ -22,15 +22,15 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.load_coverage import check_all
-from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import (
-    GIB,
-    resident_sequences,
-)
 from vllm.model_executor.layers.fused_moe.expert_slots.layer import (
     ExpertSlotsMixin,
     building,
     slotted_layers,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.load_coverage import check_all
+from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import (
+    GIB,
+    resident_sequences,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import (
     SharedStore,
@@ -72,18 +72,19 @@ def _store_for(
         yield store
 
 
-def report(
-    model: torch.nn.Module, config: MoEPrefetchConfig, model_config: Any, pipeline_stages: int
-) -> None:
-    """Checks a loaded model and logs the one line that says what its slots cost.
+_OWN_DECODE = ("specialized_decode_config", "bf16_decode")
+"""Attributes by which models of vLLM say that decode kernels of their own read the experts' weights
+by expert id (Kimi-K3, DeepSeek-V4.1; Flint)."""
+
+
+def check_built(model: torch.nn.Module, config: MoEPrefetchConfig, model_config: Any) -> None:
+    """Checks a model that was built and has not read its weights.
 
     Raises:
-        MoEPrefetchError: the slots did not reach every layer.
+        MoEPrefetchError: the slots do not reach every layer, or would be read past their tables.
     """
     experts = [module for module in model.modules() if isinstance(module, RoutedExperts)]
     missed = [layer for layer in experts if not isinstance(layer, ExpertSlotsMixin)]
-    unmade = [layer for layer in experts if layer not in missed and layer.awaits_slots]
-    slotted = slotted_layers(model.modules())
     if missed:
         raise MoEPrefetchError(
             f"--moe-gpu-prefetch {config.slots}: {len(missed)} of {len(experts)} MoE layers of "
@@ -91,6 +92,29 @@ def report(
             f"{missed[0].layer_name} is run by a class of the model's own around "
             f"{type(missed[0]).__name__}. Serve it without --moe-gpu-prefetch."
         )
+    if not any(layer.awaits_slots for layer in experts):  # all are stock's
+        return
+    for name, module in model.named_modules():
+        for attribute in _OWN_DECODE:
+            if getattr(module, attribute, None) is not None:
+                raise MoEPrefetchError(
+                    f"--moe-gpu-prefetch {config.slots}: {type(module).__name__} ({name}) of "
+                    f"{model_config.model} has decode kernels of its own ({attribute}), which read "
+                    "the experts' weights by expert id. Serve it without --moe-gpu-prefetch."
+                )
+
+
+def report(
+    model: torch.nn.Module, config: MoEPrefetchConfig, model_config: Any, pipeline_stages: int
+) -> None:
+    """Checks a loaded model and logs the one line that says what its slots cost.
+
+    Raises:
+        MoEPrefetchError: a layer got no slots.
+    """
+    experts = [module for module in model.modules() if isinstance(module, RoutedExperts)]
+    unmade = [layer for layer in experts if layer.awaits_slots]
+    slotted = slotted_layers(model.modules())
     if unmade:
         method = unmade[0].quant_method.process_weights_after_loading
         raise MoEPrefetchError(
@@ -132,6 +156,22 @@ def report(
         )
 
 
+@contextmanager
+def _checking(loader: BaseModelLoader, config: MoEPrefetchConfig) -> Iterator[None]:
+    """Within, `loader` checks a model between building it and reading its weights."""
+    load_weights = loader.load_weights
+
+    def check_then_load(model: torch.nn.Module, model_config: Any) -> None:
+        check_built(model, config, model_config)
+        load_weights(model, model_config)
+
+    loader.load_weights = check_then_load  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del loader.load_weights
+
+
 def load_into_slots(
     load_model: Callable[[], torch.nn.Module],
     loader: BaseModelLoader,
@@ -147,7 +187,8 @@ def load_into_slots(
     draft = building(draft=model_config.runner_type == "draft")
     with layers.in_place(), draft, _store_for(loader, vllm_config, model_config, config) as store:
         attached = store is not None and store.ready
-        with loading_into(store), nullcontext() if attached else reading_in_windows():
+        reading = nullcontext() if attached else reading_in_windows()
+        with loading_into(store), reading, _checking(loader, config):
             model = load_model()
         # Before the store is completed: an incomplete checkpoint must not become one.
         check_all([layer.load_coverage for layer in slotted_layers(model.modules())])

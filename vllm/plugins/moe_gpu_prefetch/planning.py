@@ -165,8 +165,8 @@ def _log(planner: MemoryPlanner, slots: int, config: MoEPrefetchConfig) -> None:
         chosen = " (auto: the largest that leaves the KV cache its room)"
     logger.info(
         "Memory plan: %d of %d expert slots per MoE layer%s; per rank %s of slots, %s of staging, "
-        "%s of other weights, about %s of intermediates and runtime, %s of KV cache (%s), of %s; %s of experts "
-        "in host memory. %s.",
+        "%s of other weights, about %s of intermediates and runtime, %s of KV cache (%s), of %s; "
+        "%s of experts in host memory. %s.",
         plan.slots,
         planner.num_experts,
         chosen,

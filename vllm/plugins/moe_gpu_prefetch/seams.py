@@ -66,10 +66,17 @@ SEAMS = (
         ("vllm_config", "model_config"),
     ),
     Seam(
+        "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_weights",
+        "relied on",
+        "wrapped on the instance: a model is checked before it reads its weights",
+        "a check between the two in load_model",
+        ("model", "model_config"),
+    ),
+    Seam(
         f"{_MOE}.routed_experts:RoutedExperts",
         "replaced",
         "out-of-tree registry, with all classes derived from it: parameters become rows",
-        "FusedMoEFactory in layer.py picks SlottedRoutedExperts when the option is set",
+        "FusedMoEFactory in layer.py picks the slotted class when the option is set",
         ("layer_name", "params_dtype", "moe_config", "quant_config"),
     ),
     Seam(
@@ -82,7 +89,7 @@ SEAMS = (
     Seam(
         "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model",
         "wrapped",
-        "undoes what warm-up batches loaded and counted (GPU workers of a slotted model only)",
+        "undoes what warm-up batches loaded and counted (workers of a slotted model only)",
         "one call at the end of this method",
         deferred=True,
     ),
@@ -190,7 +197,7 @@ SEAMS = (
         "QuantizeMethodBase.process_weights_after_loading",
         "relied on",
         "wrapped on the layer's own instance: slots are made right after it",
-        "SlottedRoutedExperts makes its slots in a hook of the loader",
+        "the slotted class makes its rows in a hook of the loader",
         ("layer",),
     ),
     Seam(
@@ -246,6 +253,11 @@ SEAMS = (
         "brings a checkpoint here before a shared store is named after its files",
         "",
         ("model_config",),
+    ),
+    Seam(
+        f"{_MOE}.expert_map_manager:ExpertMapManager",
+        "relied on",
+        "kept on the CPU while the plan builds a model on the meta device",
     ),
     Seam(
         "vllm.model_executor.model_loader.utils:initialize_model",

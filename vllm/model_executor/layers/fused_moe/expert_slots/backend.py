@@ -36,9 +36,7 @@ class SlotManager(ABC):
         )
 
     @abstractmethod
-    def step(
-        self, topk_ids: torch.Tensor, is_padding: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def step(self, topk_ids: torch.Tensor, is_padding: torch.Tensor | None = None) -> torch.Tensor:
         """Decides one step and loads what it misses.
 
         Args:

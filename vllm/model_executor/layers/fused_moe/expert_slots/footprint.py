@@ -27,9 +27,9 @@ from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import per_expert_parameters
 from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import Footprint, MoELayer
 from vllm.model_executor.layers.fused_moe.expert_slots.versions import kv_cache_bytes
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import per_expert_parameters
 
 _GROUPS = ("_WORLD", "_TP", "_ETP", "_PP", "_DP", "_EP", "_EPLB", "_PCP", "_DCP")
 

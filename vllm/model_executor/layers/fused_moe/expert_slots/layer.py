@@ -174,7 +174,7 @@ class ExpertSlotsMixin(_Layer):
         """Why this layer cannot be slotted. The parallel reasons stand in `conflicts.py` too:
         VLLM_DP_SIZE and a VllmConfig that is made without EngineArgs go past it."""
         parallel = self.moe_config.moe_parallel_config
-        own = [c for c in type(self).__mro__ if issubclass(c, RoutedExperts)][1]
+        own: Any = _stock_class(self, RoutedExperts)
         if own.forward_modular is not RoutedExperts.forward_modular:
             return (
                 f"{own.__module__}.{own.__name__} works on the router's choices in a "
@@ -190,11 +190,12 @@ class ExpertSlotsMixin(_Layer):
         if self.moe_config.is_lora_enabled:
             return "LoRA adapters are indexed by expert id; drop --enable-lora"
         method = type(self.quant_method)
-        if issubclass(method, UnquantizedFusedMoEMethod) and method is not UnquantizedFusedMoEMethod:
+        if (
+            issubclass(method, UnquantizedFusedMoEMethod)
+            and method is not UnquantizedFusedMoEMethod
+        ):
             whose = "a model's own" if method.__module__.startswith("vllm.") else "another plugin's"
             return f"its method {method.__module__}.{method.__qualname__} is {whose}"
-        if self.quant_method.is_monolithic:
-            return f"its kernel {self.quant_method.experts_cls.__name__} routes by itself"
         return current_backend().objection(self)
 
     def weight_loader(self, param: Any, *args: Any, **kwargs: Any) -> Any:
@@ -240,9 +241,7 @@ class ExpertSlotsMixin(_Layer):
             for tensor in store.tensors.values():
                 memory.pin(tensor, read_only=True)
         rows = ExpertRows(parameters, store, self.num_slots, memory)
-        manager = current_backend().manager(
-            self.slots_config, rows, self, get_world_group().rank
-        )
+        manager = current_backend().manager(self.slots_config, rows, self, get_world_group().rank)
         self.quant_method.moe_kernel.fused_experts.slots = manager
         self.slots = manager
         self.shared_store = None
@@ -280,13 +279,18 @@ def _own_pages(tensor: torch.Tensor) -> torch.Tensor:
     return host_tensor(tensor.shape, tensor.dtype).copy_(tensor)
 
 
+def _stock_class(ours: object, base: type) -> type:
+    """The class derived from `base` that one of ours is mixed into."""
+    return [cls for cls in type(ours).__mro__ if issubclass(cls, base)][1]
+
+
 class CheckedMoERunner(_Runner):
     """Refuses slots where a runner of the model's own computes: it may read the experts' weights
     by its own ids, and rows are not ids. Stock's runner and the transformers backend's do not."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        runner = [c for c in type(self).__mro__ if issubclass(c, MoERunner)][1]
+        runner = _stock_class(self, MoERunner)
         layer = self.routed_experts
         if getattr(layer, "num_slots", None) and runner.__name__ not in _RUNNERS:
             raise MoEPrefetchError(

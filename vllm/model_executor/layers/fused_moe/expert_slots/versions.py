@@ -25,11 +25,6 @@ def keep_routing_apart(moe_config: Any) -> None:
         moe_config.require_decomposed_backend = True
 
 
-def reduces_by_hook(experts: Any) -> bool:
-    """Whether a model (muse_spark) took over the sum over top-k, which waves do themselves."""
-    return VLLM_0_33 and experts.post_gemm2_hook is not None
-
-
 def kv_cache_bytes(vllm_config: Any, specs: dict[str, Any]) -> tuple[int, int]:
     """KV cache of one sequence of `max_model_len`, and of one block, as vLLM's own check at
     start-up counts them. 0.33 lets the platform and the model group the layers."""

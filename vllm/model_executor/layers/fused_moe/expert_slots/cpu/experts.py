@@ -113,7 +113,9 @@ def _moe_expert_slots(
 ) -> None:
     layers = get_forward_context().no_compile_layers
     layer = layers[_resolve_layer_name(layer_name)].routed_experts
-    layer.quant_method.moe_kernel.fused_experts.run_step(output, hidden_states, topk_weights, topk_ids)
+    layer.quant_method.moe_kernel.fused_experts.run_step(
+        output, hidden_states, topk_weights, topk_ids
+    )
 
 
 def _moe_expert_slots_fake(

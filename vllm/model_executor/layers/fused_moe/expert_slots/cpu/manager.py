@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One layer's slots on the CPU platform: tables, decisions, loads, counters."""
 
+import numpy as np
 import torch
 
 from vllm.model_executor.layers.fused_moe.expert_slots.backend import SlotManager
@@ -40,12 +41,10 @@ class CPUSlotManager(SlotManager):
     def remap(self, topk_ids: torch.Tensor) -> torch.Tensor:
         """Expert ids -> row numbers, same shape and dtype; -1 stays -1."""
         ids = topk_ids.numpy()
-        rows = self.tables.expert_to_row.take(ids)
+        rows: np.ndarray = self.tables.expert_to_row.take(ids)
         return torch.from_numpy(rows.astype(ids.dtype, copy=False))
 
-    def step(
-        self, topk_ids: torch.Tensor, is_padding: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def step(self, topk_ids: torch.Tensor, is_padding: torch.Tensor | None = None) -> torch.Tensor:
         asked = topk_ids
         if is_padding is not None:
             asked = topk_ids.masked_fill(is_padding[:, None], -1)

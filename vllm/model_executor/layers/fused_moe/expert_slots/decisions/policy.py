@@ -29,8 +29,8 @@ class ExpertHistory:
         self.policy = policy
         self.lfu_half_life = lfu_half_life
         self.step = 0
-        self.last_needed = np.zeros(num_experts, np.int64)
-        self.frequency = np.zeros(num_experts, np.int64)
+        self.last_needed: np.ndarray = np.zeros(num_experts, np.int64)
+        self.frequency: np.ndarray = np.zeros(num_experts, np.int64)
 
     def values(self) -> np.ndarray:
         """Worth of each expert, [E] int64; of equals, the one with the lower id comes first."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import ExpertHistory
 
-_NONE = np.empty(0, np.int64)
+_NONE: np.ndarray = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def checked_residency(
 
 def needed_experts(topk_ids: np.ndarray, num_experts: int) -> np.ndarray:
     """The experts that `topk_ids` (integers of any shape, -1 = none) names, [E] bool."""
-    needed = np.zeros(num_experts + 1, np.bool_)
+    needed: np.ndarray = np.zeros(num_experts + 1, np.bool_)
     needed[topk_ids.ravel()] = True
     return needed[:-1]
 
@@ -115,7 +115,7 @@ def plan_step(tables: ResidencyTables, history: ExpertHistory, topk_ids: np.ndar
 
     Which misses get a slot goes by their value before the step, highest first: by id, a step that
     needs more experts than there are slots would wash out the policy. Of equals the lower id is
-    first, among misses and among victims. Placed misses take their victims in ascending order of id.
+    first, among misses and among victims. Misses that get a slot take victims in order of their id.
 
     Args:
         tables: the layer's tables.

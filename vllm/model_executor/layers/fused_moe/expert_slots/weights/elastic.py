@@ -142,7 +142,7 @@ class Memory:
         whole pages go. Tensors in use together (w13 and w2) differ in role."""
         row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
         if not split(shape[0], staged, row_bytes, self.page)[0]:
-            return torch.empty(*shape, dtype=dtype, device=self.torch_device)
+            return torch.zeros(*shape, dtype=dtype, device=self.torch_device)
         rows = self.rows(role, shape[0], staged, row_bytes)
         return tensor_over(rows, dtype, shape, self.torch_device)
 
@@ -324,6 +324,13 @@ class DeviceMemory(Memory):
                 f"{_WITHOUT}."
             ) from None
         self.page = int(granularity)
+
+    def tensor(
+        self, role: Hashable, shape: Sequence[int], dtype: torch.dtype, staged: int
+    ) -> torch.Tensor:
+        # The driver's memory holds anything, and padding may be computed on rows that nothing was
+        # loaded into: zeroes give finite values, which stay in the row.
+        return super().tensor(role, shape, dtype, staged).zero_()
 
     def pin(self, tensor: torch.Tensor, read_only: bool = False) -> int:
         pages = pages_of(tensor)

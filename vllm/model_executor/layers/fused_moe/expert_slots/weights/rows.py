@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors that a layer's kernel computes from: stock's shape, staging rows first, then slots."""
+"""The tensors that a layer's kernel computes from: staging rows first, then slots."""
 
 from collections.abc import Sequence
 
