@@ -393,5 +393,6 @@ def _imports(body: list[ast.stmt]) -> dict[str, str]:
 
 def _modules(root: Path, package: str) -> list[str]:
     directory = root.joinpath(*package.split("."))
-    files = sorted(directory.glob("*.py"))
-    return [package if f.stem == "__init__" else f"{package}.{f.stem}" for f in files]
+    files = sorted(directory.rglob("*.py"))
+    parts = (file.relative_to(root).with_suffix("").parts for file in files)
+    return [".".join(p[:-1] if p[-1] == "__init__" else p) for p in parts]

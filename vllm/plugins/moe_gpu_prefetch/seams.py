@@ -131,6 +131,11 @@ SEAMS = (
         "rows that no request asked for, if VLLM_MOE_SKIP_PADDING is set (a dataclass field)",
     ),
     Seam(
+        "vllm.envs:VLLM_MOE_SKIP_PADDING",
+        "relied on",
+        "tells whether stock's routers use that mask, and its model runners keep it up to date",
+    ),
+    Seam(
         f"{_MOE}.experts.cpu_moe:CPUUnquantizedExperts",
         "relied on",
         "extended, with its subclasses: plans, loads, and runs on row numbers",

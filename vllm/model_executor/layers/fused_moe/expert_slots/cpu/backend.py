@@ -25,7 +25,9 @@ class CPUBackend(Backend):
     def objection(self, layer: Any) -> str | None:
         if layer.use_ep:
             return "stock's CPU kernels take no expert map; drop --enable-expert-parallel"
-        name = getattr(layer.quant_method, "experts_cls", type(layer.quant_method)).__name__
+        method = layer.quant_method
+        experts_cls = getattr(method, "experts_cls", None)
+        name = getattr(experts_cls, "__name__", type(method).__name__)
         if name in CPU_EXPERTS_CLASSES:
             return None
         return f"its kernel {name} is not known to run on remapped expert ids"
