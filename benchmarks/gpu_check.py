@@ -18,6 +18,7 @@ what that measures says nothing about a GPU and stays out of benchmarks/results/
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -105,28 +106,30 @@ def arm(request: Row) -> Row:
     )
     generator = torch.Generator().manual_seed(0)
 
-    def run(requests: int, prompt: int, tokens: int) -> Counter[str]:
-        """What it took and what it counted."""
-        ids = torch.randint(3, 1000, (requests, prompt), generator=generator).tolist()
+    engine, number = llm.llm_engine, itertools.count()
+
+    def run(requests: int, prompt: int, tokens: int, decode: bool = False) -> Counter[str]:
+        """What it took and what it counted; of the decode steps alone if asked."""
         sampling = SamplingParams(
             temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
         )
-        moved = Counter(ms=0.0)
-        moved.subtract(counters(llm, request["options"]))
+        for ids in torch.randint(3, 1000, (requests, prompt), generator=generator).tolist():
+            engine.add_request(str(next(number)), {"prompt_token_ids": ids}, sampling)
+        while decode and not engine.step():
+            pass
+        before = counters(llm, request["options"])
         begin = time.perf_counter()
-        llm.generate([{"prompt_token_ids": i} for i in ids], sampling, use_tqdm=False)
-        moved["ms"] = (time.perf_counter() - begin) * 1e3
+        while engine.has_unfinished_requests():
+            engine.step()
+        moved = Counter(ms=(time.perf_counter() - begin) * 1e3)
         moved.update(counters(llm, request["options"]))
+        moved.subtract(before)
         return moved
 
     tokens = request["tokens"]
     for batch in request["batches"]:
         run(batch, 16, 8)
-        steps = []
-        for _ in range(3):
-            # A short run taken off a long one leaves decode steps alone.
-            steps.append(run(batch, 16, tokens + 1))
-            steps[-1].subtract(run(batch, 16, 1))
+        steps = [run(batch, 16, tokens + 1, decode=True) for _ in range(3)]
         measured["decode"][str(batch)] = each(steps, tokens)
     for length in request["prefills"]:
         run(1, length, 1)
@@ -599,7 +602,7 @@ def main() -> int:
     failed = []
     for step in wanted:
         rows = STEPS[step](arguments.cpu)
-        console.print(save(step, rows), markup=False)
+        console.print(save(step, rows), markup=False, soft_wrap=True)
         if any(
             name in row and row[name] != right for row in rows for name, right in CHECKS.items()
         ):

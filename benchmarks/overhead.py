@@ -151,8 +151,8 @@ def decisions(steps: int) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=24, help="rounds through all engines")
-    parser.add_argument("--tokens", type=int, default=48, help="tokens per sequence and round")
+    parser.add_argument("--rounds", type=int, default=36, help="rounds through all engines")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens per sequence and round")
     parser.add_argument("--steps", type=int, default=2000, help="decisions to time")
     arguments = parser.parse_args()
     # Decisions first: the engines start threads that would disturb so short a measurement.
