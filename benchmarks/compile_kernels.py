@@ -41,7 +41,7 @@ backends.pop(_STAND_IN, None)
 ARCHITECTURES = (80, 90, 120)
 _POINTERS = {
     "is_padding": "*u8",
-    **dict.fromkeys(("last_needed", "frequency", "totals", "keys", "unit_begin"), "*i64"),
+    **dict.fromkeys(("last_needed", "frequency", "totals", "unit_begin"), "*i64"),
     **dict.fromkeys(("homes", "row_bytes"), "*i64"),
 }
 _SCALARS = {

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled kernels, simulated. In a process of its own, as `tests/kernels`: vLLM's engine, which
-other tests run, must not find a Triton that has no driver."""
+"""The compiled kernels, simulated. In a process of its own, as `tests/kernels`: vLLM's engine,
+which other tests run, must not find a Triton that has no driver."""
 
 import sys
 from pathlib import Path

@@ -385,6 +385,23 @@ class _Compiler:
 
         return self._together(instruction, do)
 
+    def _stmatrix(self, pc, instruction):
+        """x1 of m8n8.b16, the counterpart: lanes 4r to 4r + 3 hold the words of row r."""
+        assert {"m8n8", "x1"} <= set(instruction.opcode), instruction
+        address = self.address(instruction.operands[0], "shared")
+        read = self.reader(instruction.operands[1].strip("{} "), np.uint32)
+
+        def do(block, warp, mask):
+            assert mask.all()
+            rows = address(block, warp)
+            if np.any(rows[:8] % 16):
+                raise SimulationError("stmatrix: a row is not aligned")
+            at = rows[LANE // 4] + (LANE % 4 * 4).astype(np.uint64)
+            values = np.ascontiguousarray(read(block, warp)).view(np.uint8).reshape(LANES, 4)
+            block.store("shared", pc, warp, mask, at, values)
+
+        return self._together(instruction, do)
+
     # memory
 
     def _memory(self, instruction):

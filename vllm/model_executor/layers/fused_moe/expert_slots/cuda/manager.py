@@ -63,7 +63,7 @@ class CudaSlotManager(SlotManager):
         # A kernel that looks the id -1 up in the map finds the entry in front of it: no row.
         self._mapped = None if expert_map is None else zeros(1 + len(expert_map)) - 1
         pad = triton.next_power_of_2(experts)
-        self._scratch = zeros(pad), zeros(2, pad, dtype=torch.int64), zeros(pad)
+        self._scratch = zeros(pad), zeros(pad)
         self._constants = plan_constants(
             experts, self.num_slots, config.policy, config.lfu_half_life
         )

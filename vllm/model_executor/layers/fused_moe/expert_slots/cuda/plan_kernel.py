@@ -115,7 +115,6 @@ def plan_kernel(
     rows,  # [tokens, top_k] like topk_ids, the row of each; if HAS_MAP [num_ids_known] int32 of ids
     # memory of the program's own
     flags,  # [E_PAD] int32
-    keys,  # [2, E_PAD] int64
     freed,  # [E_PAD] int32, the slots of victims in their order
     E: tl.constexpr,
     N: tl.constexpr,
