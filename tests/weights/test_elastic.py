@@ -434,14 +434,35 @@ def test_a_memory_that_is_closed_during_a_capture_waits_too():
     assert nothing_left(driver)
 
 
-def test_collected_on_a_thread_without_a_context():
-    driver = FakeDriver()
-    memory = device_memory(driver)
-    tensors = [rows_of(memory, "w", 8, 6, 1 << 16)]
-    driver.context = 0  # what a new thread has
-    thread = threading.Thread(target=tensors.clear)
+def on_a_thread(action):
+    thread = threading.Thread(target=action)
     thread.start()
     thread.join()
+
+
+def test_collected_on_another_thread_while_this_one_captures():
+    """The other thread does not see the capture, and would spoil it. This one frees later."""
+    driver = FakeDriver()
+    main = threading.current_thread()
+    memory = DeviceMemory(
+        Driver(driver), 0, lambda: driver.capturing and threading.current_thread() is main
+    )
+    memory.torch_device = torch.device("cpu")
+    tensors = [rows_of(memory, "w", 8, 6, 1 << 16)]
+    driver.capturing = True
+    on_a_thread(tensors.clear)
+    assert driver.mappings and not driver.spoilt
+    driver.capturing = False
+    memory.sweep()
+    assert not driver.mappings
+
+
+def test_collected_without_a_context_when_the_thread_that_made_it_has_ended():
+    driver, made = FakeDriver(), []
+    on_a_thread(lambda: made.append(rows_of(device_memory(driver), "w", 8, 6, 1 << 16)))
+    driver.context = 0  # what a new thread has
+    made.clear()
+    gc.collect()
     assert not driver.mappings and driver.context == 0
 
 
@@ -482,7 +503,7 @@ def test_every_map_is_a_whole_handle_at_offset_zero():
 @pytest.mark.parametrize("copies", [False, True])
 def test_torch_takes_device_memory_as_it_is(monkeypatch, copies):
     """By CUDA's protocol and with the device named: without it torch would return a copy."""
-    memory, seen = device_memory(FakeDriver()), []
+    memory, seen, kept = device_memory(FakeDriver()), [], []
     memory.torch_device = torch.device("cuda", 0)
 
     def as_tensor(holder, device):
@@ -490,7 +511,7 @@ def test_torch_takes_device_memory_as_it_is(monkeypatch, copies):
         seen.append((holder.__cuda_array_interface__, device))
         (size,), (address, _) = (seen[0][0][name] for name in ("shape", "data"))
         flat = torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
-        flat.holder = holder
+        kept.append(holder)  # as torch keeps it
         return flat.clone() if copies else flat
 
     monkeypatch.setattr(torch, "as_tensor", as_tensor)

@@ -128,7 +128,7 @@ def report(
         slots = sum(layer.slots.rows.slot_bytes for layer in slotted)
         logger.info(
             "Expert slots: %d MoE layers, %d experts top-%d, %d slots each (%s): %.3f GiB of slots "
-            "and %.3f GiB of staging on %s, %.3f GiB of experts in host memory, %d bytes per "
+            "and %.3f GiB of staging for all on %s, %.3f GiB of experts in host memory, %d bytes per "
             "expert. About %d concurrent sequences keep their experts resident.",
             len(slotted),
             first.local_num_experts,
@@ -136,7 +136,7 @@ def report(
             first.num_slots,
             config.policy,
             slots / GIB,
-            (first.slots.rows.memory.committed - slots) / GIB,
+            first.slots.rows.memory.staging / GIB,
             first.moe_config.device,
             sum(layer.slots.store.num_bytes for layer in slotted) / GIB,
             first.slots.store.bytes_per_expert,

@@ -152,15 +152,16 @@ class ExpertSlotsMixin(_Layer):
         config = MoEPrefetchConfig.from_additional_config(vllm_config.additional_config)
         assert config is not None
         self.slots_config = config
-        self._worker_layers = vllm_config.compilation_config.static_forward_context
         self.load_coverage = LoadCoverage(self, vllm_config.load_config.load_format)
         self.shared_store = shared_store()
         self.quant_method.experts_cls = backend.slotted(self.quant_method.experts_cls)
         self._process_weights = self.quant_method.process_weights_after_loading
         self.quant_method.process_weights_after_loading = self._process_then_make_slots
         self.quant_method.requires_device_loading = False
+        self._memory = self._workers_memory()
         for parameter in self.parameters(recurse=False):
-            if backend.pins:  # nothing was written yet, and these pages can be pinned as they are
+            # What stock created here is empty yet. What it created elsewhere is the router's.
+            if backend.pins and parameter.device.type == "cpu":
                 parameter.data = host_tensor(parameter.shape, parameter.dtype)
             if getattr(getattr(parameter, "weight_loader", None), "__self__", None) is self:
                 parameter.weight_loader = self.weight_loader
@@ -236,7 +237,7 @@ class ExpertSlotsMixin(_Layer):
             if name not in parameters:
                 other.data = other.data.to(device)
         store = ExpertStore(self._home({name: p.data for name, p in parameters.items()}))
-        memory = self._memory()
+        memory = self._memory
         if self.shared_store is not None:
             for tensor in store.tensors.values():
                 memory.pin(tensor, read_only=True)
@@ -246,10 +247,17 @@ class ExpertSlotsMixin(_Layer):
         self.slots = manager
         self.shared_store = None
 
-    def _memory(self) -> Memory:
-        """The memory of this worker's rows: that of its first layer, drafts included, or new."""
-        for layer in slotted_layers(self._worker_layers.values()):
-            return layer.slots.rows.memory
+    def _workers_memory(self) -> Memory:
+        """The memory of this worker's rows: that of its first layer, drafts included, or new.
+
+        Raises:
+            MoEPrefetchError: the device has none of this kind. No weight was read yet.
+        """
+        static = get_current_vllm_config().compilation_config.static_forward_context
+        for module in static.values():
+            layer = getattr(module, "routed_experts", module)
+            if getattr(layer, "load_coverage", None) is not None:
+                return layer._memory
         return current_backend().memory(torch.device(self.moe_config.device))
 
     def _home(self, processed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -292,7 +300,7 @@ class CheckedMoERunner(_Runner):
         super().__init__(*args, **kwargs)
         runner = _stock_class(self, MoERunner)
         layer = self.routed_experts
-        if getattr(layer, "num_slots", None) and runner.__name__ not in _RUNNERS:
+        if getattr(layer, "num_slots", None) and _RUNNERS.get(runner.__module__) != runner.__name__:
             raise MoEPrefetchError(
                 f"--moe-gpu-prefetch cannot serve layer {layer.layer_name}: it is run by "
                 f"{runner.__module__}.{runner.__name__}, which is not known to leave the experts' "
@@ -300,7 +308,10 @@ class CheckedMoERunner(_Runner):
             )
 
 
-_RUNNERS = {"MoERunner", "TransformersMoERunner"}
+_RUNNERS = {
+    MoERunner.__module__: "MoERunner",
+    "vllm.model_executor.models.transformers.moe": "TransformersMoERunner",
+}
 
 
 def slotted_class(stock: type) -> type:

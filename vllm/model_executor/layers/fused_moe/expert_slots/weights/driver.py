@@ -30,16 +30,19 @@ class Driver:
         self.module = module
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """What the driver's function `name` returns: nothing, a value, or a tuple of them.
+        """What the driver's function `name` returns, a value or nothing.
 
         Raises:
             DriverError: it failed.
         """
-        error, *values = getattr(self.module, name)(*arguments)
+        try:
+            error, *values = getattr(self.module, name)(*arguments)
+        except (AttributeError, RuntimeError) as missing:  # no driver, or one without this function
+            raise DriverError(name, str(missing)) from None
         if error != self.module.CUresult.CUDA_SUCCESS:
             _, text = self.module.cuGetErrorName(error)
             raise DriverError(name, text.decode() if text else f"error {int(error)}")
-        return tuple(values) if len(values) > 1 else values[0] if values else None
+        return values[0] if values else None
 
 
 def cuda_driver() -> Driver:

@@ -12,6 +12,7 @@ because nothing that one tensor writes to a staged row is ever read through anot
 import errno
 import mmap
 import os
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
@@ -130,10 +131,14 @@ class Memory:
         self.close.atexit = False
 
     @property
+    def staging(self) -> int:
+        """Bytes that all tensors share."""
+        return sum(size for pool in self._staging.values() for size, _ in pool)
+
+    @property
     def committed(self) -> int:
         """Bytes of physical memory that were mapped; those of plain tensors are not among them."""
-        staging = sum(size for pool in self._staging.values() for size, _ in pool)
-        return staging + sum(self._private.copy().values())
+        return self.staging + sum(self._private.copy().values())
 
     def tensor(
         self, role: Hashable, shape: Sequence[int], dtype: torch.dtype, staged: int
@@ -288,7 +293,14 @@ class DeviceMemory(Memory):
         capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing,
         reclaim: Callable[[], object] = torch.cuda.empty_cache,
     ):
-        super().__init__(partial(driver.call, "cuMemRelease"), capturing)
+        owner = threading.current_thread()
+
+        def must_wait() -> bool:
+            # A capture is spoilt from any thread, and only the one that captures knows of it.
+            elsewhere = threading.current_thread() is not owner and owner.is_alive()
+            return elsewhere or capturing()
+
+        super().__init__(partial(driver.call, "cuMemRelease"), must_wait)
         self._driver, self._reclaim = driver, reclaim
         self._pinned: dict[int, int] = {}  # by host address, how kernels reach it
         self.torch_device = torch.device("cuda", device)
