@@ -114,15 +114,14 @@ def test_lfu_evicts_the_expert_needed_least_often():
 
 
 def test_a_step_that_needs_too_much_keeps_what_was_worth_most():
-    """All hits stay, and of the misses those needed most recently get the slots."""
-    manager = make_manager(64, 16, "lru")
-    for expert in (40, 41, 42, 50):
+    """All hits stay, and of the misses those needed most recently get the slots, not the lowest."""
+    manager = make_manager(12, 4, "lru")
+    for expert in (9, 11, 7, 0, 1, 2, 3):  # the last four are resident now
         manager.step(torch.tensor([[expert]]))
-    manager.step(torch.arange(8, 24).reshape(-1, 4))  # evicts 40, 41, 42 and 50 among others
-    before = resident(manager)
-    manager.step(torch.tensor([[1, 41, 50, 60]]))  # hits none; 50 and 41 were needed before
-    manager.step(torch.arange(64).reshape(16, 4))
-    assert resident(manager) >= {41, 50} and len(resident(manager) & before) >= 12
+    assert resident(manager) == {0, 1, 2, 3}
+    manager.step(torch.tensor([[0, 1, 5, 6, 7, 8, 9, 10, 11]]))  # two hits, seven misses
+    assert resident(manager) == {0, 1, 7, 11}
+    assert manager.counters.staged == 5
 
 
 def test_a_mask_of_padding_rows_needs_nothing():

@@ -2,12 +2,13 @@
 """Where a layer's experts are created, and with which kernel: on a GPU's code, with the meta device
 in the place of the GPU."""
 
+import os
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from sample import make_checkpoint, make_dbrx, make_gpt_oss
+from sample import make_checkpoint, make_dbrx, make_gpt_oss, make_with_mtp
 from stand_in import stand_in
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
@@ -18,6 +19,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm.model_executor.layers.fused_moe.expert_slots import footprint
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.backend import CudaBackend
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.experts import SlottedTritonExperts
 from vllm.model_executor.layers.fused_moe.expert_slots.layer import ExpertSlotsMixin
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import pages_of
@@ -41,7 +43,9 @@ def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("models")
 
 
-def built(directory, slots, monkeypatch, ranks: int = 1, **options) -> list[RoutedExperts]:
+def built(
+    directory, slots, monkeypatch, ranks: int = 1, memory=None, **options
+) -> list[RoutedExperts]:
     """The MoE layers of a model as a GPU's worker constructs them; of several ranks of expert
     parallelism, the first's."""
     register()
@@ -50,6 +54,8 @@ def built(directory, slots, monkeypatch, ranks: int = 1, **options) -> list[Rout
     )
     vllm_config = arguments.create_engine_config()
     stand_in(monkeypatch)
+    if memory is not None:
+        monkeypatch.setattr(CudaBackend, "memory", memory)
     parallel = SimpleNamespace(tensor_parallel_size=ranks, pipeline_parallel_size=1)
     if ranks > 1:
         vllm_config.parallel_config.tensor_parallel_size = ranks
@@ -71,18 +77,34 @@ MODELS = {
     "qwen3-moe": (make_checkpoint, 32),
     "gpt-oss": (make_gpt_oss, 16),
     "dbrx": (make_dbrx, 16),
+    "glm-4-moe": (make_with_mtp, 16),
 }
 
 
-@pytest.mark.parametrize("backend", ["auto", "transformers"])
 @pytest.mark.parametrize("name", MODELS)
-def test_experts_are_created_on_pages_of_the_host(directory, monkeypatch, name, backend):
-    """Of stock's class, of a model's own and of the transformers backend's; the rest is on the
-    device, and the kernel is the one that slots can serve."""
-    if backend == "transformers" and name != "qwen3-moe":
-        pytest.skip("one model of that backend")
+def test_experts_are_created_on_pages_of_the_host(directory, monkeypatch, name):
+    """Of stock's class and of a model's own; the rest is on the device, and the kernel is the one
+    that slots can serve."""
     make, experts = MODELS[name]
-    found = built(make(directory / name), 5, monkeypatch, model_impl=backend)
+    assert_on_the_host(built(make(directory / name), 5, monkeypatch), name, experts)
+
+
+def test_so_are_those_of_the_transformers_backend(directory, monkeypatch):
+    """In a copy of this process: that backend changes transformers' classes for good."""
+    checkpoint = make_checkpoint(directory / "qwen3-moe")
+    child = os.fork()
+    if child == 0:
+        try:
+            found = built(checkpoint, 5, monkeypatch, model_impl="transformers")
+            assert {type(layer).__name__ for layer in found} == {"SlottedTransformersRoutedExperts"}
+            assert_on_the_host(found, "qwen3-moe", 32)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def assert_on_the_host(found, name, experts):
     assert found and all(isinstance(layer, ExpertSlotsMixin) for layer in found)
     for layer in found:
         assert layer.quant_method.experts_cls is SlottedTritonExperts
@@ -92,6 +114,20 @@ def test_experts_are_created_on_pages_of_the_host(directory, monkeypatch, name, 
         for parameter in parameters.values():
             assert parameter.device.type == "cpu" and len(parameter) == experts
             assert pages_of(parameter.data) is not None
+        bias = layer.e_score_correction_bias
+        assert (bias is not None) == (name == "glm-4-moe")
+        assert bias is None or bias.device.type == "meta"  # the router's, which stays where it is
+
+
+def test_no_virtual_memory_is_said_before_a_weight_is_read(directory, monkeypatch):
+    """By the first layer that is built, in the words of the memory."""
+
+    def refuse(self, device):
+        raise MoEPrefetchError("GPU 0 cannot map memory")
+
+    checkpoint = make_checkpoint(directory / "qwen3-moe")
+    with pytest.raises(MoEPrefetchError, match="GPU 0 cannot map memory"):
+        built(checkpoint, 5, monkeypatch, memory=refuse)
 
 
 @pytest.mark.parametrize("slots", [32, 40])

@@ -128,8 +128,8 @@ def report(
         slots = sum(layer.slots.rows.slot_bytes for layer in slotted)
         logger.info(
             "Expert slots: %d MoE layers, %d experts top-%d, %d slots each (%s): %.3f GiB of slots "
-            "and %.3f GiB of staging for all on %s, %.3f GiB of experts in host memory, %d bytes per "
-            "expert. About %d concurrent sequences keep their experts resident.",
+            "and %.3f GiB of staging for all on %s, %.3f GiB of experts in host memory, %d bytes "
+            "per expert. About %d concurrent sequences keep their experts resident.",
             len(slotted),
             first.local_num_experts,
             first.top_k,
