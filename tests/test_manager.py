@@ -96,6 +96,9 @@ def test_every_step_keeps_the_invariants(case):
             assert torch.equal(slots, manager.store.tensors[name][manager.residency()])
         plan = twin.plan(topk_ids)
         assert twin.residency() == manager.residency()
+        assert twin.counters.as_dict() == manager.counters.as_dict()
+        assert (twin.history.values() == manager.history.values()).all()
+        assert twin.history.step == manager.history.step
         assert len(plan.load_experts) == plan.misses and plan.staged == moved["staged"]
 
 

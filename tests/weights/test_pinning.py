@@ -329,7 +329,7 @@ def test_counters_lie_where_kernels_can_count(driver, tmp_path, monkeypatch, exp
     counters.clear()
     assert not any(counters.as_dict()[name] for name in TOTALS) and counters.slots == 4
     with pytest.raises(AttributeError):
-        _ = counters.waves
+        _ = counters.unheard_of
 
 
 def plan(needed, hits, staged):

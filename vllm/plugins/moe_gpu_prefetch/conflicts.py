@@ -96,7 +96,7 @@ CONFLICTS = (
     Conflict(
         "--enable-lora",
         lambda arguments: arguments.enable_lora,
-        "adapters are indexed by expert id, the kernel gets slot numbers",
+        "adapters are indexed by expert id, the kernel gets row numbers",
     ),
     Conflict(
         "--enable-sleep-mode",

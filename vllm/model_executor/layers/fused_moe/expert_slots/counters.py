@@ -104,6 +104,9 @@ class SlotCounters:
         self.tensor = values[: len(TOTALS)]
         self._values = values.numpy()
         self._totals = self.tensor.numpy()
+        names = list(TOTALS)
+        self._steps = names.index("steps")
+        self._of_hits = names.index("needed"), names.index("hits")
         self._values[len(TOTALS) :] = (slots, slots * bytes_per_expert, experts * bytes_per_expert)
 
     def add(self, plan: "StepPlan") -> None:
@@ -120,6 +123,12 @@ class SlotCounters:
             plan.needed > self._slots,
             misses * self._bytes_per_expert,
         )
+
+    def add_hits(self, needed: int) -> None:
+        """A step that found all that it needed."""
+        for index in self._of_hits:
+            self._totals[index] += needed
+        self._totals[self._steps] += 1
 
     def clear(self) -> None:
         """Nothing was counted."""

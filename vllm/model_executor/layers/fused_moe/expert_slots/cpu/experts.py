@@ -39,7 +39,7 @@ class SlottedCPUExperts(_Stock):
     """Mixed into one of stock's classes by `slotted_cpu_experts`.
 
     Attributes:
-        slots: the layer's manager, set once its slots are made.
+        slots: the layer's manager, set once its rows are made.
         layer: the layer, a `RoutedExperts`: its parameters are the rows.
     """
 

@@ -13,7 +13,8 @@ FREQUENCY_UNIT = 1 << 10
 
 MAX_HALF_LIFE = 1 << 17
 """A count stays below `2 * half_life * FREQUENCY_UNIT`, here 2^28. With the step of the last need
-in the 32 bits below, a value stays below 2^60, and the sum of no two values overflows."""
+in the 32 bits below, a value stays below 2^61: it and its negative are far from the largest 64-bit
+integer, which the kernel gives to what takes no part in a ranking."""
 
 
 class ExpertHistory:

@@ -2,6 +2,7 @@
 """The tensors that a layer's kernel computes from: staging rows first, then slots."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
@@ -39,12 +40,18 @@ class ExpertRows:
         for name, parameter in parameters.items():
             parameter.data = self.tensors[name]
         self.slots = {name: tensor[self.num_staged :] for name, tensor in self.tensors.items()}
-        self._rows = list(zip(*(t.unbind() for t in self.tensors.values()), strict=True))
-        self._homes = list(zip(*(t.unbind() for t in store.tensors.values()), strict=True))
 
     @property
     def slot_bytes(self) -> int:
         return self.store.bytes_per_expert * self.num_slots
+
+    @cached_property
+    def _rows(self) -> list[tuple[torch.Tensor, ...]]:
+        return list(zip(*(t.unbind() for t in self.tensors.values()), strict=True))
+
+    @cached_property
+    def _homes(self) -> list[tuple[torch.Tensor, ...]]:
+        return list(zip(*(t.unbind() for t in self.store.tensors.values()), strict=True))
 
     def load(self, experts: Sequence[int], rows: Sequence[int]) -> None:
         """Copies each of `experts` from the store into its row."""
