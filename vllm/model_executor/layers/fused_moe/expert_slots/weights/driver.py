@@ -30,7 +30,7 @@ class Driver:
         self.module = module
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """What the driver's function `name` returns, a value or nothing.
+        """What the driver's function `name` returns: nothing, a value, or a tuple of them.
 
         Raises:
             DriverError: it failed.
@@ -42,7 +42,7 @@ class Driver:
         if error != self.module.CUresult.CUDA_SUCCESS:
             _, text = self.module.cuGetErrorName(error)
             raise DriverError(name, text.decode() if text else f"error {int(error)}")
-        return values[0] if values else None
+        return tuple(values) if len(values) > 1 else values[0] if values else None
 
 
 def cuda_driver() -> Driver:
