@@ -241,11 +241,10 @@ def slots_option(slots: int) -> Row:
 
 
 def device_memory() -> Any:
-    from vllm.model_executor.layers.fused_moe.expert_slots.weights.driver import cuda_driver
-    from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import DeviceMemory
+    from vllm.model_executor.layers.fused_moe.expert_slots.cuda.backend import CudaBackend
 
     torch.zeros(1, device="cuda")  # makes the context
-    return DeviceMemory(cuda_driver(), torch.cuda.current_device())
+    return CudaBackend().memory(torch.device("cuda"))
 
 
 def memory(cpu: bool) -> list[Row]:

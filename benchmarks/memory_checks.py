@@ -16,11 +16,11 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.backend import CudaBackend
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.gather_kernel import Gather
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import CudaSlotManager
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.driver import Driver, DriverError
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import (
-    DeviceMemory,
     Memory,
     split,
 )
@@ -41,8 +41,8 @@ class Machine:
     def __init__(self, driver: Driver, device: int = 0):
         self.driver, self.device = driver, device
 
-    def memory(self) -> DeviceMemory:
-        return DeviceMemory(self.driver, self.device)
+    def memory(self) -> Memory:
+        return CudaBackend().memory(torch.device("cuda", self.device))
 
     def synchronise(self) -> None:
         torch.cuda.synchronize(self.device)

@@ -271,7 +271,7 @@ def test_a_context_must_be_current():
     with pytest.raises(MoEPrefetchError, match=r"torch.cuda.set_device\(0\)"):
         device_memory(driver)
     with pytest.raises(MoEPrefetchError, match=r"torch.cuda.set_device\(1\)"):
-        DeviceMemory(Driver(FakeDriver(devices=2)), 1, lambda: False)
+        DeviceMemory(Driver(FakeDriver(devices=2)), 1, lambda: False, lambda: None)
 
 
 def test_out_of_memory_leaves_nothing_behind():
@@ -444,9 +444,8 @@ def test_collected_on_another_thread_while_this_one_captures():
     """The other thread does not see the capture, and would spoil it. This one frees later."""
     driver = FakeDriver()
     main = threading.current_thread()
-    memory = DeviceMemory(
-        Driver(driver), 0, lambda: driver.capturing and threading.current_thread() is main
-    )
+    captures = lambda: driver.capturing and threading.current_thread() is main  # noqa: E731
+    memory = DeviceMemory(Driver(driver), 0, captures, lambda: None)
     memory.torch_device = torch.device("cpu")
     tensors = [rows_of(memory, "w", 8, 6, 1 << 16)]
     driver.capturing = True

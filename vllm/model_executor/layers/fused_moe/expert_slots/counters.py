@@ -111,18 +111,19 @@ class SlotCounters:
 
     def add(self, plan: "StepPlan") -> None:
         misses, staged = plan.misses, plan.staged
-        self._totals += (
-            plan.needed > 0,
-            plan.needed,
-            plan.hits,
-            misses,
-            misses,
-            staged,
-            misses - staged,
-            staged > 0,
-            plan.needed > self._slots,
-            misses * self._bytes_per_expert,
-        )
+        amounts = {
+            "steps": plan.needed > 0,
+            "needed": plan.needed,
+            "hits": plan.hits,
+            "misses": misses,
+            "loads": misses,
+            "staged": staged,
+            "evictions": misses - staged,
+            "staged_steps": staged > 0,
+            "overflow_steps": plan.needed > self._slots,
+            "bytes_loaded": misses * self._bytes_per_expert,
+        }
+        self._totals += [amounts[name] for name in TOTALS]
 
     def add_hits(self, needed: int) -> None:
         """A step that found all that it needed."""

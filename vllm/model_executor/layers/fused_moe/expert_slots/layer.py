@@ -18,6 +18,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 
 from vllm.model_executor.layers.fused_moe.expert_slots.backend import (
+    Backend,
     SlotManager,
     current_backend,
 )
@@ -68,8 +69,9 @@ def slotted_layers(layers: Any) -> list[Any]:
     return list(dict.fromkeys(slotted))
 
 
-def _slots_for(moe_config: FusedMoEConfig) -> int | None:
-    """Slots of a layer that is about to be built; None if it is to be stock's.
+def _slots_for(moe_config: FusedMoEConfig) -> tuple[MoEPrefetchConfig, int] | None:
+    """What was asked for, and the slots of a layer that is about to be built; None if it is to be
+    stock's.
 
     Raises:
         MoEPrefetchError: the number was not settled.
@@ -99,7 +101,7 @@ def _slots_for(moe_config: FusedMoEConfig) -> int | None:
             asked,
             slots,
         )
-    return slots
+    return config, slots
 
 
 class ExpertSlotsMixin(_Layer):
@@ -126,33 +128,30 @@ class ExpertSlotsMixin(_Layer):
     def __init__(self, *args: Any, **kwargs: Any):
         values = (*args, *kwargs.values())
         moe_config = next(value for value in values if isinstance(value, FusedMoEConfig))
-        num_slots = _slots_for(moe_config)
-        if num_slots is None:
+        wanted = _slots_for(moe_config)
+        if wanted is None:
             super().__init__(*args, **kwargs)
             return
         backend = current_backend()
         backend.prepare(moe_config)
         with torch.device("cpu"):
             super().__init__(*args, **kwargs)
-        self.num_slots = num_slots
-        self._adopt()
+        self.slots_config, self.num_slots = wanted
+        self._adopt(backend)
 
-    def _adopt(self) -> None:
+    def _adopt(self, backend: Backend) -> None:
         """Arms a layer that stock code has just constructed; its weights are still empty.
 
         Raises:
             MoEPrefetchError: this layer cannot be slotted.
         """
-        if reason := self._objection():
+        if reason := self._objection(backend):
             raise MoEPrefetchError(
                 f"--moe-gpu-prefetch cannot serve layer {self.layer_name} "
                 f"({type(self).__name__}): {reason}. Or serve without --moe-gpu-prefetch."
             )
-        backend, vllm_config = current_backend(), get_current_vllm_config()
-        config = MoEPrefetchConfig.from_additional_config(vllm_config.additional_config)
-        assert config is not None
-        self.slots_config = config
-        self.load_coverage = LoadCoverage(self, vllm_config.load_config.load_format)
+        self._backend = backend
+        self.load_coverage = LoadCoverage(self, get_current_vllm_config().load_config.load_format)
         self.shared_store = shared_store()
         self.quant_method.experts_cls = backend.slotted(self.quant_method.experts_cls)
         self._process_weights = self.quant_method.process_weights_after_loading
@@ -171,7 +170,7 @@ class ExpertSlotsMixin(_Layer):
         """Whether the layer was armed and its weights have not been processed since."""
         return self.load_coverage is not None and self.slots is None
 
-    def _objection(self) -> str | None:
+    def _objection(self, backend: Backend) -> str | None:
         """Why this layer cannot be slotted. The parallel reasons stand in `conflicts.py` too:
         VLLM_DP_SIZE and a VllmConfig that is made without EngineArgs go past it."""
         parallel = self.moe_config.moe_parallel_config
@@ -197,7 +196,7 @@ class ExpertSlotsMixin(_Layer):
         ):
             whose = "a model's own" if method.__module__.startswith("vllm.") else "another plugin's"
             return f"its method {method.__module__}.{method.__qualname__} is {whose}"
-        return current_backend().objection(self)
+        return backend.objection(self)
 
     def weight_loader(self, param: Any, *args: Any, **kwargs: Any) -> Any:
         if self.slots is not None:
@@ -242,7 +241,7 @@ class ExpertSlotsMixin(_Layer):
             for tensor in store.tensors.values():
                 memory.pin(tensor, read_only=True)
         rows = ExpertRows(parameters, store, self.num_slots, memory)
-        manager = current_backend().manager(self.slots_config, rows, self, get_world_group().rank)
+        manager = self._backend.manager(self.slots_config, rows, self, get_world_group().rank)
         self.quant_method.moe_kernel.fused_experts.slots = manager
         self.slots = manager
         self.shared_store = None
@@ -258,12 +257,12 @@ class ExpertSlotsMixin(_Layer):
             layer = getattr(module, "routed_experts", module)
             if getattr(layer, "load_coverage", None) is not None:
                 return layer._memory
-        return current_backend().memory(torch.device(self.moe_config.device))
+        return self._backend.memory(torch.device(self.moe_config.device))
 
     def _home(self, processed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The experts in the memory where they stay: the shared store, or this process's own."""
         if self.shared_store is None:
-            pins = current_backend().pins
+            pins = self._backend.pins
             return {name: _own_pages(t) if pins else t for name, t in processed.items()}
         if not self.shared_store.ready:
             return self.shared_store.add(self.layer_name, processed)

@@ -290,8 +290,8 @@ class DeviceMemory(Memory):
         self,
         driver: Driver,
         device: int,
-        capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing,
-        reclaim: Callable[[], object] = torch.cuda.empty_cache,
+        capturing: Callable[[], bool],
+        reclaim: Callable[[], object],
     ):
         owner = threading.current_thread()
 
