@@ -11,7 +11,14 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 PROMPTS = ["The licence grants", "You may reproduce and distribute copies of the Work " * 12, "a"]
 """The long one needs every expert of the sample, in several chunks of the prefill."""
 
-OPTIONS = ("policy", "lfu_half_life", "draft_slots", "host_memory_reserve", "shared_store")
+OPTIONS = (
+    "policy",
+    "lfu_half_life",
+    "draft_slots",
+    "host_memory_reserve",
+    "shared_store",
+    "warm_start",
+)
 
 Outputs = list[tuple[list[int], list[dict[int, float]]]]
 

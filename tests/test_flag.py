@@ -108,7 +108,7 @@ def test_without_the_flag_the_arguments_are_stocks(parse):
 @pytest.mark.parametrize(
     ("before", "environment", "arguments", "message"),
     [
-        ("", {}, ["--moe-gpu-prefetch=many"], "'many': the number of expert slots"),
+        ("", {}, ["--moe-gpu-prefetch=many"], "'many': expected the number of expert slots"),
         ("", {}, ["--moe-gpu-prefetch=8", "--enable-eplb"], "cannot be combined with"),
         (
             "import vllm; vllm.__version__ = '0.40.1'",
@@ -140,7 +140,7 @@ def test_help_has_a_group_with_every_option():
     """The field docstrings are the help text."""
     result = command("serve", "--help=ExpertSlots")
     for text in (
-        "--moe-gpu-prefetch N|auto",
+        "--moe-gpu-prefetch N|SIZE|auto",
         "--moe-gpu-prefetch-config",
         "policy",
         "lfu_half_life",

@@ -9,7 +9,9 @@ WRAPPED = (
     "['vllm.engine.arg_utils:EngineArgs.add_cli_args', "
     "'vllm.engine.arg_utils:EngineArgs.create_engine_config', "
     "'vllm.engine.arg_utils:EngineArgs.from_cli_args', "
-    "'vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model']"
+    "'vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model', "
+    "'vllm.v1.engine.utils:wait_for_engine_startup', "
+    "'vllm.v1.executor.abstract:Executor.__init__']"
 )
 REFUSING = (
     "['vllm.engine.arg_utils:EngineArgs.add_cli_args', "

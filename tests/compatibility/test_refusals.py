@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What cannot work is refused at start-up, each by name, with the reason and the way out."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 from engine import start
+from sample import make_checkpoint, make_with_mtp
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
-from vllm.plugins.moe_gpu_prefetch import register
-from vllm.plugins.moe_gpu_prefetch.conflicts import CONFLICTS
+from vllm.model_executor.layers.fused_moe.expert_slots.config import (
+    MoEPrefetchConfig,
+    MoEPrefetchError,
+)
+from vllm.plugins.moe_gpu_prefetch import planning, register
+from vllm.plugins.moe_gpu_prefetch.conflicts import CONFLICTS, refuse_draft_slots
 
 REFUSED = {
     "--enable-eplb": ["--enable-eplb"],
@@ -83,11 +90,57 @@ def test_offload_that_may_hit_experts_is_refused(parse, capsys, part):
     )
 
 
-def test_slots_of_a_draft_that_is_not_there_are_refused(parse, capsys):
-    """No option without effect."""
-    with pytest.raises(SystemExit):
-        parse("--moe-gpu-prefetch", "8", "--moe-gpu-prefetch-config.draft_slots", "4")
-    assert "draft_slots 4 was given without a draft" in capsys.readouterr().err
+def with_draft_slots(checkpoint, speculation):
+    """The request, and a configuration that vLLM makes of this way of speculation."""
+    asked = MoEPrefetchConfig.validated(8, {"draft_slots": 4})
+    arguments = EngineArgs(str(checkpoint), speculative_config=speculation)
+    return asked, arguments.create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("speculation", "reason"),
+    [
+        (None, "draft_slots 4 was given without a draft. Add --speculative-config, or drop it."),
+        ({"method": "ngram"}, "decoding by ngram has no draft model. Drop it."),
+        ({"model": "[ngram]"}, "decoding by ngram has no draft model. Drop it."),
+        ({"model": "acme.Proposer"}, "decoding by custom_class has no draft model. Drop it."),
+    ],
+)
+def test_slots_of_a_draft_that_is_not_there_are_refused(checkpoint, speculation, reason):
+    """No option without effect: where nothing speculates, and where no model does."""
+    if speculation:
+        speculation["num_speculative_tokens"] = 2
+    with pytest.raises(MoEPrefetchError, match=re.escape(reason)):
+        refuse_draft_slots(*with_draft_slots(checkpoint, speculation))
+
+
+def test_slots_of_a_draft_that_is_there_are_not(checkpoint, tmp_path):
+    """A model of its own, or the model's MTP layers."""
+    draft = make_checkpoint(tmp_path / "draft", experts=16, top_k=2, layers=1)
+    own = {"model": str(draft), "num_speculative_tokens": 2}
+    refuse_draft_slots(*with_draft_slots(checkpoint, own))
+    mtp = {"method": "mtp", "num_speculative_tokens": 1}
+    refuse_draft_slots(*with_draft_slots(make_with_mtp(tmp_path / "mtp"), mtp))
+
+
+def test_a_method_whose_draft_vllm_leaves_out_has_none():
+    """`suffix`, which needs a package that is not here."""
+    speculation = SimpleNamespace(method="suffix", draft_model_config=None)
+    asked = MoEPrefetchConfig.validated(8, {"draft_slots": 4})
+    with pytest.raises(MoEPrefetchError, match="decoding by suffix has no draft model"):
+        refuse_draft_slots(asked, SimpleNamespace(speculative_config=speculation))
+
+
+def test_draft_slots_are_refused_before_an_engine_starts(checkpoint, monkeypatch):
+    """Before the memory plan is made."""
+    monkeypatch.setattr(planning, "settle", lambda _: pytest.fail("planned"))
+    with pytest.raises(MoEPrefetchError, match="has no draft model"):
+        start(
+            checkpoint,
+            slots=8,
+            draft_slots=4,
+            speculative_config={"method": "ngram", "num_speculative_tokens": 2},
+        )
 
 
 @pytest.mark.parametrize("attribute", ["bf16_decode", "specialized_decode_config"])
@@ -101,7 +154,7 @@ def test_decode_kernels_of_a_models_own_are_refused_by_name(checkpoint, monkeypa
     with monkeypatch.context() as patch, pytest.raises(MoEPrefetchError) as error:
         patch.setattr(DefaultModelLoader, "load_weights", lambda *_: pytest.fail("weights read"))
         start(checkpoint, slots=8)
-    assert f"Qwen3MoeSparseMoeBlock (model.layers.0.mlp) of {checkpoint}" in str(error.value)
+    assert "cannot serve model.layers.0.mlp (Qwen3MoeSparseMoeBlock)" in str(error.value)
     assert f"({attribute}), which read the experts' weights by expert id" in str(error.value)
     start(checkpoint, slots=32)
 

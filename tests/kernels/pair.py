@@ -7,6 +7,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu.manager import CPUSlotManager
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import CudaSlotManager
+from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import Ranking
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import StepPlan
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory, Memory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import host_tensor
@@ -56,6 +57,12 @@ class Pair:
         here = None if expert_map is None else expert_map.to(self.where)
         self.device = CudaSlotManager(config, rows, expert_map=here)
 
+    def reset(self, start: Ranking | None = None) -> None:
+        """Both as `SlotManager.reset` says; compared after a step that needs nothing."""
+        self.reference.reset(start)
+        self.device.reset(start)
+        self.step(torch.full((1, 1), -1, dtype=torch.int32))
+
     def step(self, topk_ids: torch.Tensor, is_padding: torch.Tensor | None = None) -> None:
         """One step of both; `topk_ids` are the model's ids if there is an expert map."""
         local = topk_ids
@@ -95,6 +102,7 @@ class Pair:
         needed = torch.unique(asked[asked >= 0]).long()
         rows = torch.from_numpy(tables.expert_to_row)[needed].long()
         residents = device.residency()
+        assert device.ranking() == reference.ranking()
         for name, home in device.store.tensors.items():
             assert torch.equal(device.rows.tensors[name].cpu()[rows], home[needed])
             assert torch.equal(device.rows.slots[name].cpu(), home[residents])

@@ -166,7 +166,7 @@ def test_the_plan_counts_a_ranks_own_experts(directory, monkeypatch):
         enable_expert_parallel=True,
         distributed_executor_backend="mp",
     ).create_engine_config()
-    (measured,) = footprint.measure(vllm_config)
+    (measured,) = footprint.measure(vllm_config).footprints
     assert [layer.experts for layer in measured.layers] == [16] * 4
 
 

@@ -12,9 +12,10 @@ from pair import make_rows, make_store
 sys.path.append(str(Path(__file__).resolve().parents[1] / "weights"))
 from fake_driver import FakeDriver
 
-from vllm.model_executor.layers.fused_moe.expert_slots import layer
+from vllm.model_executor.layers.fused_moe.expert_slots import host_memory, layer
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
+    MoEPrefetchError,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda import (
     backend,
@@ -39,6 +40,7 @@ from vllm.plugins.moe_gpu_prefetch import loading, wrapping
 def test_the_memory_is_the_drivers(monkeypatch, device):
     """Of the device named, or of the current one; it reclaims what torch caches, once."""
     fake, emptied = FakeDriver(), []
+    monkeypatch.setattr(host_memory, "is_pin_memory_available", lambda: True)
     monkeypatch.setattr(backend, "cuda_driver", lambda: Driver(fake))
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
@@ -56,6 +58,18 @@ def test_the_memory_is_the_drivers(monkeypatch, device):
     fake.capturing = False
     memory.sweep()
     assert not fake.mappings
+
+
+def test_without_pinned_memory_a_layer_is_refused_first(monkeypatch):
+    """As under WSL2, where stock pins nothing unless it is told to. The driver is not asked."""
+
+    def never():
+        raise AssertionError("the driver was asked")
+
+    monkeypatch.setattr(backend, "cuda_driver", never)
+    monkeypatch.setattr(host_memory, "is_pin_memory_available", lambda: False)
+    with pytest.raises(MoEPrefetchError, match=r"^--moe-gpu-prefetch: .*WSL2_ENABLE_PIN_MEMORY=1"):
+        backend.CudaBackend().memory(torch.device("cuda:0"))
 
 
 class MappedElsewhere(HostMemory):
@@ -113,10 +127,11 @@ def test_warm_up_of_a_gpus_worker_is_undone(monkeypatch):
     loading.guard_worker.__wrapped__()
     (wrap,) = [wrap for wrap in installed if wrap.name == "compile_or_warm_up_model"]
     assert wrap.owner is Worker
-    manager = SimpleNamespace(reset=lambda: events.append("reset"))
-    slotted = type("Slotted", (), {"slots": manager})()
+    manager = SimpleNamespace(reset=lambda start: events.append(("reset", start)))
+    slotted = type("Slotted", (), {"slots": manager, "layer_name": "a"})()
     modules = {"a": type("Runner", (), {"routed_experts": slotted})(), "b": object()}
     static = SimpleNamespace(static_forward_context=modules)
-    worker = SimpleNamespace(vllm_config=SimpleNamespace(compilation_config=static))
-    wrap.function(worker)
-    assert events == ["warm-up", "reset"]
+    asked = {"moe_gpu_prefetch": 8}
+    config = SimpleNamespace(compilation_config=static, additional_config=asked)
+    wrap.function(SimpleNamespace(vllm_config=config))
+    assert events == ["warm-up", ("reset", None)]

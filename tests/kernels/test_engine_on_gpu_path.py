@@ -129,6 +129,20 @@ def test_a_shared_store_is_built_then_attached(gpu_code, checkpoint, stock, tmp_
         assert "r--s" in own and "experts.bin" in own
 
 
+def test_a_warm_start(gpu_code, checkpoint, stock, tmp_path):
+    """The second engine begins with the tables that the first one's kernels left."""
+    options = {"slots": 8, "policy": "lfu", "warm_start": str(tmp_path / "residents")}
+    outputs, layers = ask(checkpoint, **options)
+    assert outputs == stock
+    left = [layer.slots.ranking() for layer in layers]
+    llm = start(checkpoint, dtype="float32", max_model_len=64, max_num_batched_tokens=32, **options)
+    assert [layer.slots.ranking() for layer in moe_layers(llm)] == left
+    assert [sorted(ranking.experts) for ranking in left] != [list(range(8))] * LAYERS
+    llm.collective_rpc("expert_slot_residency")  # every slot holds its expert
+    outputs = llm.generate(PROMPTS, [sampling(4 + i) for i in range(3)], use_tqdm=False)
+    assert answers(outputs) == stock
+
+
 def test_warm_up_leaves_no_trace(gpu_code, checkpoint, stock, monkeypatch):
     """Real steps before the first request are undone: slots, tables, history and counters."""
     from vllm.v1.worker.cpu_worker import CPUWorker

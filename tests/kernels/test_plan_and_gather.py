@@ -13,6 +13,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetch
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import TOTALS
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda import gather_kernel
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import CudaSlotManager
+from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import Ranking
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory
 
 
@@ -102,6 +103,22 @@ def test_reset_goes_back_to_the_start():
     assert pair.device.counters.as_dict() == fresh.counters.as_dict()
     for name, slots in fresh.rows.slots.items():
         assert torch.equal(pair.device.rows.slots[name], slots)
+
+
+@settings(max_examples=15, deadline=None)
+@given(cases(), st.data())
+def test_a_warm_start_equals_the_references(case, data):
+    """Tables, history, slots and every later step, whatever N and policy the residents were of."""
+    experts, slots, top_k, policy, seed = case
+    residents = data.draw(st.lists(st.integers(0, experts - 1), unique=True))
+    counts = data.draw(st.lists(st.integers(0, 1 << 20), min_size=experts, max_size=experts))
+    pair = Pair(experts, slots, policy, half_life=3)
+    generator = torch.Generator().manual_seed(seed)
+    pair.step(routing(generator, 3, experts, top_k, 0.1))
+    pair.reset(Ranking(residents, counts[: len(residents)]))
+    assert set(pair.device.residency()) >= set(residents[:slots])
+    for tokens in (1, 1, 2, 9, 1, 3, 1, 1):
+        pair.step(routing(generator, tokens, experts, top_k, 0.1))
 
 
 def test_gather_copies_rows_of_any_length_whole():

@@ -113,7 +113,7 @@ def test_auto_is_the_largest_n_that_leaves_the_kv_cache_its_room(
         with pytest.raises(MoEPrefetchError, match="auto does not fit"):
             asked.auto()
         return
-    free = gpu_mib - 1024 - 200 - 1024
+    free = gpu_mib - 1024 - 200 - 512
     room = max(101, min(100 * max_num_seqs + 1, free / 2)) if kv_mib is None else kv_mib
     # Each slot more takes a row in four layers and saves one of staging.
     expected = max(smallest, min(64, int((free - room - 640) // 30)))
@@ -132,7 +132,7 @@ def test_whatever_fits_fits_with_fewer_slots(gpu_mib):
 @pytest.mark.parametrize(
     ("limits", "slots", "message"),
     [
-        ({"gpu_bytes": 4 * GIB}, 40, "The largest N that fits is 36"),
+        ({"gpu_bytes": 4 * GIB}, 60, "The largest N that fits is 53"),
         ({"gpu_bytes": 2 * GIB}, 40, "not even 4 .* --gpu-memory-utilization"),
         ({"kv_cache_bytes": 50 * MIB}, 8, "4,096 tokens take 101.0 MiB .* 50.0 MiB are given"),
         (
@@ -219,14 +219,15 @@ GRID = {
 
 
 @pytest.mark.parametrize("utilization", GRID)
-def test_the_proposals_grid(gemma, utilization, monkeypatch, capsys):
+def test_the_proposals_grid(gemma, utilization):
     """What started there starts here; its failures fit or are refused with the largest N."""
     started, failed = GRID[utilization]
     slots = ",".join(map(str, sorted(started | failed)))
     arguments = ["--gpu-memory", "40GB", "--gpu-memory-utilization", utilization, "--json"]
     arguments += ["--max-model-len", "4096", "--dtype", "bfloat16", "--slots", slots]
-    assert moe_prefetch_here(monkeypatch, "plan", str(gemma), *arguments) == 0
-    plans = {plan["slots"]: plan for plan in json.loads(capsys.readouterr().out)}
+    result = moe_prefetch("plan", str(gemma), *arguments)
+    assert result.returncode == 0, result.stderr
+    plans = {plan["slots"]: plan for plan in json.loads(result.stdout)}
     assert set(plans) == started | failed
     assert all(plans[n]["fits"] for n in started)
     for n, plan in plans.items():
@@ -249,7 +250,13 @@ def test_the_table_is_printed_from_a_config_alone(gemma):
     ("arguments", "message"),
     [
         (["--gpu-memory", "24Gips"], "'24Gips' is not a size like 24GiB"),
+        (["--gpu-memory", "24"], "'24' has no unit: say 24GiB"),
         (["--slots", "8,many"], "'8,many' is not a list of counts"),
+        (["--slots", "8,1MiB"], "8 slots per layer (the router's top-k) take "),
+        (["--link", "fast"], "'fast' is not a bandwidth like 25GB/s"),
+        (["--enable-lora"], "cannot be combined with --enable-lora"),
+        (["--data_parallel_size", "2"], "cannot be combined with --data-parallel-size"),
+        (["--moe-gpu-prefetch-config.draft_slots", "2"], "draft_slots 2 was given without a draft"),
         (["--tensor-parallel-size", "3"], "must be divisible by tensor parallel size (3)"),
     ],
 )
@@ -263,20 +270,20 @@ def test_bad_input_to_the_command(gemma, arguments, message, monkeypatch, capsys
 def test_a_dense_model_and_a_missing_one(tmp_path, monkeypatch, capsys):
     """Nothing to plan; said with the model's name."""
     dense = str(make_dense(tmp_path / "dense"))
-    assert moe_prefetch_here(monkeypatch, "plan", dense, "--gpu-memory", "1GiB") == 2
+    assert moe_prefetch_here(monkeypatch, "plan", dense) == 2
     assert f"{dense}: no MoE layers" in capsys.readouterr().err
     missing = str(tmp_path / "missing")
-    assert moe_prefetch_here(monkeypatch, "plan", missing, "--gpu-memory", "1GiB") == 2
+    assert moe_prefetch_here(monkeypatch, "plan", missing) == 2
     assert f"{missing}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (4, 2)])
 def test_ranks_share_the_experts(gemma, tensor, pipeline, monkeypatch, capsys):
     """Tensor parallelism splits an expert, pipeline parallelism the layers; stores add up."""
-    arguments = ["--gpu-memory", "40GB", "--max-model-len", "4096", "--slots", "16", "--json"]
-    arguments += ["--tensor-parallel-size", str(tensor)]
+    arguments = ["--max-model-len", "4096", "--slots", "16", "--json"]
+    arguments += ["--gpu-memory-utilization", "1", "--tensor-parallel-size", str(tensor)]
     arguments += ["--pipeline-parallel-size", str(pipeline)]
-    assert moe_prefetch_here(monkeypatch, "plan", str(gemma), *arguments) == 0
+    moe_prefetch_here(monkeypatch, "plan", str(gemma), *arguments)  # it may not fit this machine
     (plan,) = json.loads(capsys.readouterr().out)
     expert = 3 * 2816 * 704 * 2
     assert plan["slot_bytes"] == 30 // pipeline * 16 * expert // tensor

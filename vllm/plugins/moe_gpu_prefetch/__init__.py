@@ -19,10 +19,10 @@ def register() -> None:
     reason = seams.unsupported_version()
     if reason is None:
         try:
-            from vllm.plugins.moe_gpu_prefetch import arguments, loader, wrapping
+            from vllm.plugins.moe_gpu_prefetch import arguments, failures, loader, wrapping
 
             reason = seams.first_broken(at_start=True)
-            wraps = () if reason else (*arguments.wraps(), *loader.wraps())
+            wraps = () if reason else (*arguments.wraps(), *loader.wraps(), *failures.wraps())
         except Exception as error:
             reason = seams.not_as_known(f"{type(error).__name__}: {error}")
     if reason is None:

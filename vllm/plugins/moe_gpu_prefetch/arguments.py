@@ -18,7 +18,13 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import open_counters_directory
 from vllm.plugins.moe_gpu_prefetch.compatibility import objection, say_what_is_shared
-from vllm.plugins.moe_gpu_prefetch.conflicts import refuse, slots_wanted
+from vllm.plugins.moe_gpu_prefetch.conflicts import refuse, refuse_draft_slots
+from vllm.plugins.moe_gpu_prefetch.failures import (
+    ending,
+    in_one_line,
+    show_refusals_in_one_line,
+    this_is_the_front_end,
+)
 from vllm.plugins.moe_gpu_prefetch.refusal import with_flags
 from vllm.plugins.moe_gpu_prefetch.wrapping import Wrap
 
@@ -53,7 +59,7 @@ def _add_group(parser: argparse.ArgumentParser) -> None:
     docs = {name: " ".join(text.split()) for name, text in get_attr_docs(MoEPrefetchConfig).items()}
     group = parser.add_argument_group("ExpertSlots", MoEPrefetchConfig.__doc__)
     group.add_argument(
-        "--moe-gpu-prefetch", type=_slots, default=None, metavar="N|auto", help=docs["slots"]
+        "--moe-gpu-prefetch", type=_slots, default=None, metavar="N|SIZE|auto", help=docs["slots"]
     )
     options = "\n\n".join(f"{name}: {text}" for name, text in docs.items() if name != "slots")
     group.add_argument(
@@ -88,21 +94,6 @@ def _merge(args: argparse.Namespace) -> None:
     args.additional_config = merged
 
 
-def _show_refusals_in_one_line() -> None:
-    """On the command line, what the memory plan refuses ends with its message alone."""
-    show = sys.excepthook
-    if getattr(show, "__module__", None) == __name__:
-        return
-
-    def excepthook(kind: Any, error: BaseException, stack: Any) -> None:
-        if isinstance(error, MoEPrefetchError):
-            print(f"vllm: error: {error}", file=sys.stderr)
-        else:
-            show(kind, error, stack)
-
-    sys.excepthook = excepthook
-
-
 def wraps() -> tuple[Wrap, ...]:
     """The three methods of `EngineArgs` that see every engine's arguments."""
     add_cli_args = EngineArgs.add_cli_args
@@ -121,25 +112,34 @@ def wraps() -> tuple[Wrap, ...]:
             engine_args = from_cli_args(cls, args)
             refuse(engine_args)
         except MoEPrefetchError as error:
-            print(f"vllm: error: {error}", file=sys.stderr)
+            print(in_one_line(error), file=sys.stderr)
             raise SystemExit(2) from None
-        _show_refusals_in_one_line()
+        show_refusals_in_one_line()
         return engine_args
 
     @functools.wraps(create_engine_config)
     def create_engine_config_with_slots(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
         refuse(self)
-        if not slots_wanted(self):
+        config = MoEPrefetchConfig.from_additional_config(self.additional_config)
+        if config is None:
             return create_engine_config(self, *args, **kwargs)
         from vllm.plugins.moe_gpu_prefetch.metrics import expose
         from vllm.plugins.moe_gpu_prefetch.planning import settle
 
-        directory = open_counters_directory()
+        starts_engines = self._api_process_count == 1 or self._api_process_rank == -1
+        if starts_engines:
+            directory = open_counters_directory()
+            this_is_the_front_end()
         self.worker_extension_cls = self.worker_extension_cls or WORKER_EXTENSION
         vllm_config = create_engine_config(self, *args, **kwargs)
         say_what_is_shared()
-        settle(vllm_config)
-        expose(directory, vllm_config)
+        try:
+            refuse_draft_slots(config, vllm_config)
+            settle(vllm_config)
+        except MoEPrefetchError as refusal:
+            raise ending(refusal) from None
+        if starts_engines:
+            expose(directory, vllm_config)
         return vllm_config
 
     return (

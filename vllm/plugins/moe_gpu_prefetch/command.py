@@ -7,9 +7,10 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from pydantic import ByteSize, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from vllm.config import VllmConfig
@@ -21,15 +22,16 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import (
-    GIB,
-    MemoryPlanner,
-    Plan,
-    gib,
-)
+from vllm.model_executor.layers.fused_moe.expert_slots.footprint import in_words
+from vllm.model_executor.layers.fused_moe.expert_slots.link import LinkCost, bandwidth, link_cost
+from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import MemoryPlanner, Plan
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import remove, stores
-from vllm.plugins.moe_gpu_prefetch import register
+from vllm.model_executor.layers.fused_moe.expert_slots.sizes import GIB, gib, size_in_bytes
+from vllm.model_executor.layers.fused_moe.expert_slots.versions import add_serve_options
+from vllm.plugins.moe_gpu_prefetch import gpu_elsewhere, register
 from vllm.plugins.moe_gpu_prefetch.compatibility import objection
+from vllm.plugins.moe_gpu_prefetch.conflicts import refuse_draft_slots
+from vllm.plugins.moe_gpu_prefetch.gpu_elsewhere import GPUS, UNNAMED, Gpu, gpu_called
 from vllm.plugins.moe_gpu_prefetch.planning import expectation, planner_for
 
 _SHOWN = {
@@ -47,20 +49,25 @@ _SHOWN = {
 
 def _size(value: str) -> int:
     try:
-        return int(TypeAdapter(ByteSize).validate_python(value))
-    except ValidationError:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a size like 24GiB or 40GB") from None
+        return size_in_bytes(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _slot_counts(value: str) -> list[int]:
-    counts = value.split(",")
-    if not all(count.strip().isdecimal() and int(count) > 0 for count in counts):
-        raise argparse.ArgumentTypeError(f"{value!r} is not a list of counts like 16,32,64")
-    return [int(count) for count in counts]
+def _slots(value: str) -> list[int | str]:
+    counts = [count.strip() for count in value.split(",")]
+    try:
+        given = [int(count) if count.isdecimal() else count for count in counts]
+        return [MoEPrefetchConfig.validated(count, {}).slots for count in given]
+    except MoEPrefetchError:
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is not a list of counts, sizes or auto, like 16,32,12GiB,auto"
+        ) from None
 
 
 class _Parser(FlexibleArgumentParser):
-    """vLLM's parser (dotted JSON keys, `--config`), with argparse's help: all options at once."""
+    """vLLM's parser (underscores, dotted JSON keys, `--config`), with argparse's help: all options
+    at once."""
 
     def format_help(self) -> str:
         return argparse.ArgumentParser.format_help(self)
@@ -69,28 +76,46 @@ class _Parser(FlexibleArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The command's parser. `plan` takes every engine option of `vllm serve`, and shows those that
     matter to it."""
-    parser = argparse.ArgumentParser(prog="vllm-moe-prefetch", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    parser = _Parser(prog="vllm-moe-prefetch", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{plan,stores}")
     plan = commands.add_parser(
         "plan",
-        usage="vllm-moe-prefetch plan MODEL [options, and every engine option of vllm serve]",
+        aliases=["serve"],  # by this name vLLM's parser takes a model from a `--config` file
+        prog="vllm-moe-prefetch plan",
+        usage="vllm-moe-prefetch plan MODEL [options, and every option of vllm serve]",
         help="what N slots per layer cost and which N fit, from a config.json alone",
     )
-    plan.add_argument("model_tag", metavar="MODEL", help="directory with a config.json")
     plan.add_argument(
-        "--slots", type=_slot_counts, metavar="N,N,...", help="rows of the table; default: a range"
+        "--slots",
+        type=_slots,
+        metavar="N,N,...",
+        help="rows of the table, each a number, a size like 12GiB, or auto; default: a range",
+    )
+    plan.add_argument(
+        "--gpu",
+        type=gpu_called,
+        metavar="NAME",
+        help=f"ask about a GPU that is elsewhere: {', '.join(GPUS)}; default: this machine's",
     )
     plan.add_argument(
         "--gpu-memory",
         type=_size,
         metavar="SIZE",
-        help="memory of each GPU, say 24GiB, of a machine that is elsewhere; default: this machine",
+        help="the same of a GPU of which only the memory is known, say 24GiB",
+    )
+    plan.add_argument(
+        "--link",
+        type=bandwidth,
+        metavar="SIZE/s",
+        help="host-to-device bandwidth, say 25GB/s: adds what misses cost",
     )
     plan.add_argument("--json", action="store_true", help="a list of objects, for programs")
     own = list(plan._actions)
-    EngineArgs.add_cli_args(plan)
+    add_serve_options(plan)
     for action in plan._actions:
-        if action not in own and not _SHOWN.intersection(action.option_strings):
+        if action.dest == "model_tag":
+            action.metavar, action.help = "MODEL", "directory with a config.json"
+        elif action not in own and not _SHOWN.intersection(action.option_strings):
             action.help = argparse.SUPPRESS
     plan._action_groups = [
         group
@@ -111,43 +136,88 @@ def parser() -> argparse.ArgumentParser:
     )
     listing.add_argument("--json", action="store_true", help="a list of objects, for programs")
     listing.set_defaults(run=_stores, about="directory")
-    plan.set_defaults(about="model_tag", run=_plan, load_format="dummy", skip_tokenizer_init=True)
+    plan.set_defaults(about="model", run=_plan, model=None)
+    plan.set_defaults(load_format="dummy", skip_tokenizer_init=True)
     return parser
 
 
-def _vllm_config(arguments: argparse.Namespace) -> VllmConfig:
-    """The configuration `vllm serve` would make of these arguments, without expert slots."""
-    arguments.model = arguments.model_tag
+class _LastError(logging.Handler):
+    """Keeps the errors that vLLM logs off the screen, and what the last of them says."""
+
+    reason = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = record.exc_info[1] if record.exc_info else record.getMessage()
+        self.reason = str(said).strip().rpartition("\n")[2]
+
+
+def _vllm_config(arguments: argparse.Namespace) -> tuple[VllmConfig, MoEPrefetchConfig]:
+    """The configuration that `vllm serve` would make of these arguments, without expert slots, and
+    what was asked of those.
+
+    Raises:
+        MoEPrefetchError: the engine would refuse them.
+    """
     if arguments.tensor_parallel_size * arguments.pipeline_parallel_size > 1:
         arguments.distributed_executor_backend = "mp"  # as no ranks are started
+    if arguments.moe_gpu_prefetch is None:
+        arguments.moe_gpu_prefetch = "auto"
     engine_args = EngineArgs.from_cli_args(arguments)
+    config = MoEPrefetchConfig.from_additional_config(engine_args.additional_config)
+    assert config is not None
+    engine_args.additional_config = {}
     vllm_config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
-    if arguments.gpu_memory is not None:  # what this machine's environment says does not count
+    refuse_draft_slots(config, vllm_config)
+    if gpu_elsewhere.pretended is not None:  # what this machine's environment says does not count
         vllm_config.cache_config.kv_cache_memory_bytes = engine_args.kv_cache_memory_bytes
-    return vllm_config
+    return vllm_config, config
 
 
-def _plan(arguments: argparse.Namespace) -> None:
-    if reason := objection():
-        raise MoEPrefetchError(reason)
-    options = arguments.moe_gpu_prefetch_config or {}
-    arguments.moe_gpu_prefetch = arguments.moe_gpu_prefetch_config = None
-    config = MoEPrefetchConfig.validated("auto", options)
-    planner = planner_for(_vllm_config(arguments), config, arguments.gpu_memory)
+def _plan(arguments: argparse.Namespace) -> int:
+    """Prints the table; status 1 where nothing of it fits."""
+    elsewhere = arguments.gpu is not None or arguments.gpu_memory is not None
+    assert elsewhere == (gpu_elsewhere.pretended is not None), "the entry point is console.main"
+    if elsewhere:
+        gpu = arguments.gpu or Gpu(f"{gib(arguments.gpu_memory)} GPU", UNNAMED, 0)
+        gpu_elsewhere.pretended = replace(gpu, memory=arguments.gpu_memory or gpu.memory)
+    vllm_config, config = _vllm_config(arguments)
+    planner = planner_for(vllm_config, config)
     if planner is None:
         raise MoEPrefetchError("no MoE layers, so no expert slots to plan.")
-    auto, counts = _auto(planner), arguments.slots
-    if counts is None:
+    if planner.objection:
+        raise MoEPrefetchError(planner.objection)
+    auto = _auto(planner)
+    asked: list[int | str] | None = arguments.slots
+    if asked is None and config.slots != "auto":
+        asked = [config.slots]
+    if asked is None:
         eighths = {planner.num_experts * part // 8 for part in range(1, 9)}
-        counts = {planner.top_k, *eighths, *filter(None, (auto, planner.largest()))}
+        asked = [planner.top_k, *eighths, *filter(None, (auto, planner.largest()))]
+    counts = {planner.meant(count) for count in asked}
     plans = {plan.slots: plan for plan in map(planner.plan, sorted(counts))}
+    costs = None
+    if arguments.link is not None:
+        costs = {slots: link_cost(arguments.link, planner.layers_with(slots)) for slots in plans}
     if arguments.json:
-        print(json.dumps([plan.as_dict() for plan in plans.values()], indent=2))
+        print(json.dumps([_as_dict(plan, costs) for plan in plans.values()], indent=2))
     else:
-        _print(planner, list(plans.values()), auto)
+        _print(planner, list(plans.values()), auto, costs)
+    return 0 if any(plan.fits for plan in plans.values()) else 1
 
 
-def _stores(arguments: argparse.Namespace) -> None:
+def _as_dict(plan: Plan, costs: dict[int, LinkCost] | None) -> dict[str, object]:
+    if costs is None:
+        return plan.as_dict()
+    cost = costs[plan.slots]
+    most = cost.tokens_per_second if cost.bytes_per_token else None
+    return plan.as_dict() | {
+        "seconds_per_miss": cost.seconds_per_miss,
+        "bytes_per_token": cost.bytes_per_token,
+        "link_tokens_per_second": most,
+    }
+
+
+def _stores(arguments: argparse.Namespace) -> int:
     if not arguments.directory.is_dir():
         raise MoEPrefetchError("no such directory")
     if arguments.remove is not None:
@@ -156,9 +226,10 @@ def _stores(arguments: argparse.Namespace) -> None:
     listings = stores(arguments.directory)
     if arguments.json:
         print(json.dumps([listing.model_dump() for listing in listings], indent=2))
-        return
+        return 0
     for listing in listings:
         print(f"{listing.key}  {listing.state:10}  {gib(listing.num_bytes):>12}  {listing.model}")
+    return 0
 
 
 def _auto(planner: MemoryPlanner) -> int | None:
@@ -168,7 +239,12 @@ def _auto(planner: MemoryPlanner) -> int | None:
         return None
 
 
-def _print(planner: MemoryPlanner, plans: Sequence[Plan], auto: int | None) -> None:
+def _print(
+    planner: MemoryPlanner,
+    plans: Sequence[Plan],
+    auto: int | None,
+    costs: dict[int, LinkCost] | None,
+) -> None:
     limits = planner.limits
     table = Table(
         title=f"{planner.num_layers} MoE layers of {planner.num_experts} experts, "
@@ -177,7 +253,10 @@ def _print(planner: MemoryPlanner, plans: Sequence[Plan], auto: int | None) -> N
     )
     for column in ("slots", "fits", "GPU", "staging", "KV cache", "longest", "resident", "host"):
         table.add_column(column, justify="right")
+    if costs is not None:
+        table.add_column("link", justify="right")
     for plan in plans:
+        most = [] if costs is None else [f"{costs[plan.slots].tokens_per_second:,.1f}"]
         table.add_row(
             str(plan.slots) + (" auto" if plan.slots == auto else ""),
             "yes" if plan.fits else "no",
@@ -188,6 +267,7 @@ def _print(planner: MemoryPlanner, plans: Sequence[Plan], auto: int | None) -> N
             f"{plan.kv_sequences:,.1f}",
             str(plan.resident_sequences),
             f"{plan.host_bytes / GIB:,.2f}",
+            *most,
         )
     console = Console(highlight=False)
     console.print(table)
@@ -195,28 +275,48 @@ def _print(planner: MemoryPlanner, plans: Sequence[Plan], auto: int | None) -> N
     console.print(
         f"GPU: slots, staging (rows that all layers share for experts without a slot), "
         f"{gib(first.other_weight_bytes)} of other weights, and about "
-        f"{gib(first.overhead_bytes)} of intermediates and runtime. With the KV cache it shares "
+        f"{gib(first.overhead_bytes)} of intermediates, CUDA graphs and libraries (estimates). "
+        "With the KV cache it shares "
         f"{limits.gpu_limit}.\n"
         f"longest: sequences of {limits.max_model_len:,} tokens that the KV cache holds.\n"
         "resident: sequences that decode together without outgrowing the slots, if routing is "
         f"uniform. {expectation(planner)}."
     )
+    if costs is not None:
+        shown = next((plan for plan in plans if plan.slots == auto), plans[-1])
+        cost = costs[shown.slots]
+        console.print(
+            "link: the most tokens a second of one sequence that its loads allow, if routing is "
+            f"uniform. At {shown.slots} slots: {cost.sentence('given')} {cost.warning() or ''}"
+        )
     refused = next((plan for plan in plans if not plan.fits), None)
     if refused is not None:
-        console.print(
-            f"The largest N that fits: {planner.largest()}. {refused.slots} {refused.reason}."
-        )
+        largest = planner.largest()
+        answer = "No N fits." if largest is None else f"The largest N that fits: {largest}."
+        console.print(f"{answer} {refused.slots} {refused.reason}.")
 
 
 def main() -> None:
-    """Entry point. Standard output carries the answer alone."""
+    """Answers the command line. Standard output carries the answer alone."""
     logging.disable(logging.WARNING)
+    logged = _LastError()
+    logging.getLogger().addHandler(logged)
     register()
-    arguments = parser().parse_args()
+    if reason := objection():
+        print(f"vllm-moe-prefetch: error: {reason}", file=sys.stderr)
+        raise SystemExit(2)
+    given = sys.argv[1:]
+    arguments = parser().parse_args(["serve", *given[1:]] if given[:1] == ["plan"] else given)
+    if arguments.about == "model":
+        arguments.model = arguments.model_tag or arguments.model
+    about = getattr(arguments, arguments.about)
     try:
-        arguments.run(arguments)
-    except (MoEPrefetchError, ValueError, OSError) as error:
-        about = getattr(arguments, arguments.about)
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        print(f"vllm-moe-prefetch: error: {about}: {reason}", file=sys.stderr)
+        if about is None:
+            raise MoEPrefetchError("name a model, by its directory or its Hugging Face id")
+        status = arguments.run(arguments)
+    except Exception as error:  # of a configuration that vLLM or transformers rejects, too
+        words: object = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        cause = f" ({in_words(logged.reason)})" if logged.reason else ""
+        print(f"vllm-moe-prefetch: error: {about}: {in_words(words)}{cause}", file=sys.stderr)
         raise SystemExit(2) from None
+    raise SystemExit(status)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -146,11 +147,6 @@ CONFLICTS = (
 )
 
 
-def slots_wanted(arguments: EngineArgs) -> bool:
-    """Whether these arguments ask for expert slots."""
-    return MoEPrefetchConfig.from_additional_config(arguments.additional_config) is not None
-
-
 def refuse(arguments: EngineArgs) -> None:
     """Refuses, before anything starts, what expert slots cannot be combined with.
 
@@ -162,17 +158,32 @@ def refuse(arguments: EngineArgs) -> None:
         return
     if reason := objection():
         raise MoEPrefetchError(reason)
-    if config.draft_slots is not None and not arguments.speculative_config:
-        raise MoEPrefetchError(
-            f"--moe-gpu-prefetch-config.draft_slots {config.draft_slots} was given without a "
-            "draft. Add --speculative-config, or drop it."
-        )
     for conflict in CONFLICTS:
         if conflict.present(arguments):
             raise MoEPrefetchError(
                 f"--moe-gpu-prefetch cannot be combined with {conflict.option.format(arguments)}: "
                 f"{conflict.reason}; {conflict.way_out}."
             )
+
+
+def refuse_draft_slots(config: MoEPrefetchConfig, vllm_config: VllmConfig) -> None:
+    """Refuses slots of a draft where no model drafts.
+
+    Raises:
+        MoEPrefetchError: says what drafts instead.
+    """
+    if config.draft_slots is None:
+        return
+    given = f"--moe-gpu-prefetch-config.draft_slots {config.draft_slots} was given without a draft"
+    speculation = vllm_config.speculative_config
+    if speculation is None:
+        raise MoEPrefetchError(f"{given}. Add --speculative-config, or drop it.")
+    # For a method without a draft model, vLLM has none here, or the model's own configuration.
+    draft = speculation.draft_model_config
+    if draft is None or draft.runner_type != "draft":
+        raise MoEPrefetchError(
+            f"{given}: speculative decoding by {speculation.method} has no draft model. Drop it."
+        )
 
 
 def bypassed(model: str, slots: int | str) -> MoEPrefetchError:

@@ -12,6 +12,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchError,
 )
 from vllm.plugins.moe_gpu_prefetch.compatibility import another_plugin
+from vllm.plugins.moe_gpu_prefetch.failures import ending
 from vllm.plugins.moe_gpu_prefetch.wrapping import Wrap
 
 
@@ -29,10 +30,13 @@ def wraps() -> tuple[Wrap, ...]:
         config = MoEPrefetchConfig.from_additional_config(vllm_config.additional_config)
         if config is None:
             return stock()
-        if reason := another_plugin():
-            raise MoEPrefetchError(reason)
-        from vllm.plugins.moe_gpu_prefetch.loading import load_into_slots
+        try:
+            if reason := another_plugin():
+                raise MoEPrefetchError(reason)
+            from vllm.plugins.moe_gpu_prefetch.loading import load_into_slots
 
-        return load_into_slots(stock, self, vllm_config, model_config, config)
+            return load_into_slots(stock, self, vllm_config, model_config, config)
+        except MoEPrefetchError as refusal:
+            raise ending(refusal) from None
 
     return (Wrap(BaseModelLoader, "load_model", load_model_into_slots),)

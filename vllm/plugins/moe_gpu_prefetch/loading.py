@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
+from vllm.utils.mem_utils import MemorySnapshot
 
 from vllm.model_executor.layers.fused_moe.expert_slots.checkpoint_identity import (
     checkpoint_directory,
@@ -22,12 +23,21 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.device_memory import (
+    DeviceUse,
+    shortfall,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.layer import (
     ExpertSlotsMixin,
     building,
     slotted_layers,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.load_coverage import check_all
+from vllm.model_executor.layers.fused_moe.expert_slots.link import (
+    link_cost,
+    measured_bandwidth,
+    staging_copies,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.load_coverage import watching
 from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import (
     GIB,
     resident_sequences,
@@ -35,9 +45,21 @@ from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import (
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import (
     SharedStore,
     loading_into,
+    make_place,
     shared_store,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.streaming import reading_in_windows
+from vllm.model_executor.layers.fused_moe.expert_slots.suitability import (
+    cannot_serve,
+    decode_objection,
+    experts_elsewhere,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.warm_start import (
+    WARM_START,
+    ResidentsFile,
+    ResidentsKeeper,
+    residents_identity,
+)
 from vllm.plugins.moe_gpu_prefetch import layers, wrapping
 from vllm.plugins.moe_gpu_prefetch.conflicts import bypassed
 from vllm.plugins.moe_gpu_prefetch.seams import require
@@ -50,6 +72,23 @@ def all_slotted_layers(vllm_config: Any) -> list[Any]:
     return slotted_layers(vllm_config.compilation_config.static_forward_context.values())
 
 
+def _files_of(loader: BaseModelLoader, vllm_config: Any, model_config: Any, option: str) -> Path:
+    """The directory of a model, whose files say what `option` keeps.
+
+    Raises:
+        MoEPrefetchError: it is not on this machine.
+    """
+    loader.download_model(model_config)
+    directory = checkpoint_directory(vllm_config, model_config)
+    if directory is None:
+        raise MoEPrefetchError(
+            f"--moe-gpu-prefetch-config.{option}: the files of {model_config.model} are not on "
+            "this machine, so that this model cannot be told from another. Give the model's "
+            f"directory, or serve without {option}."
+        )
+    return directory
+
+
 @contextmanager
 def _store_for(
     loader: BaseModelLoader, vllm_config: Any, model_config: Any, config: MoEPrefetchConfig
@@ -58,23 +97,11 @@ def _store_for(
     if config.shared_store is None:
         yield None
         return
-    loader.download_model(model_config)
-    directory = checkpoint_directory(vllm_config, model_config)
-    if directory is None:
-        raise MoEPrefetchError(
-            f"--moe-gpu-prefetch-config.shared_store: the files of {model_config.model} are not on "
-            "this machine, so that a store of them could not be told from another. Give the "
-            "model's directory, or serve without a shared store."
-        )
+    directory = _files_of(loader, vllm_config, model_config, "shared_store")
     rank = get_world_group().rank
     identity = store_identity(vllm_config, model_config, directory, rank)
     with shared_store(Path(config.shared_store), identity) as store:
         yield store
-
-
-_OWN_DECODE = ("specialized_decode_config", "bf16_decode")
-"""Attributes by which models of vLLM say that decode kernels of their own read the experts' weights
-by expert id (Kimi-K3, DeepSeek-V4.1; Flint)."""
 
 
 def check_built(model: torch.nn.Module, config: MoEPrefetchConfig, model_config: Any) -> None:
@@ -95,13 +122,8 @@ def check_built(model: torch.nn.Module, config: MoEPrefetchConfig, model_config:
     if not any(layer.awaits_slots for layer in experts):  # all are stock's
         return
     for name, module in model.named_modules():
-        for attribute in _OWN_DECODE:
-            if getattr(module, attribute, None) is not None:
-                raise MoEPrefetchError(
-                    f"--moe-gpu-prefetch {config.slots}: {type(module).__name__} ({name}) of "
-                    f"{model_config.model} has decode kernels of its own ({attribute}), which read "
-                    "the experts' weights by expert id. Serve it without --moe-gpu-prefetch."
-                )
+        if reason := decode_objection(module):
+            raise cannot_serve(name, module, reason)
 
 
 def report(
@@ -142,28 +164,72 @@ def report(
             first.slots.store.bytes_per_expert,
             resident_sequences(first.local_num_experts, first.top_k, first.num_slots),
         )
+    elif not experts and experts_elsewhere(model, model_config):
+        raise bypassed(f"{type(model).__name__} ({model_config.model})", config.slots)
     elif not experts and model_config.runner_type == "draft":
         logger.info("The draft %s has no MoE layer, and so no slots.", model_config.model)
     elif not experts and pipeline_stages > 1:
         logger.info("This pipeline stage has no MoE layer, and so no slots.")
-    elif not experts and model_config.is_moe:
-        raise bypassed(f"{type(model).__name__} ({model_config.model})", config.slots)
     elif not experts:
         logger.info(
-            "--moe-gpu-prefetch %s is ignored: %s is a dense model.",
+            "--moe-gpu-prefetch %s is ignored: %s has no MoE layer.",
             config.slots,
             model_config.model,
         )
 
 
+def _device_use(vllm_config: Any) -> DeviceUse | None:
+    """This worker's GPU now; None on the CPU platform, and where the GPU's memory is the host's,
+    whose free memory changes with everything that the machine does."""
+    if not current_platform.is_cuda():
+        return None
+    if current_platform.is_integrated_gpu(torch.accelerator.current_device_index()):
+        return None
+    now = MemorySnapshot()
+    # Torch knows nothing of the rows: they are the driver's.
+    memories = {layer.slots.rows.memory for layer in all_slotted_layers(vllm_config)}
+    held = now.torch_memory + sum(memory.committed for memory in memories)
+    return DeviceUse(now.total_memory, now.free_memory, held)
+
+
+def report_link(model: torch.nn.Module) -> None:
+    """Measures the link to this worker's GPU and logs what misses take on it."""
+    slotted = slotted_layers(model.modules())
+    if not slotted or not current_platform.is_cuda():
+        return
+    copies = [copy for layer in slotted for copy in staging_copies(layer.slots.rows)]
+    bandwidth = measured_bandwidth(copies)
+    if bandwidth is None:
+        return
+    cost = link_cost(
+        bandwidth,
+        (
+            (
+                layer.local_num_experts,
+                layer.top_k * layer.local_num_experts / layer.global_num_experts,
+                layer.num_slots,
+                layer.slots.store.bytes_per_expert,
+            )
+            for layer in slotted
+        ),
+    )
+    logger.info("%s", cost.sentence())
+    if warning := cost.warning():
+        logger.warning("%s", warning)
+
+
 @contextmanager
-def _checking(loader: BaseModelLoader, config: MoEPrefetchConfig) -> Iterator[None]:
-    """Within, `loader` checks a model between building it and reading its weights."""
+def _checking(loader: BaseModelLoader, config: MoEPrefetchConfig, attached: bool) -> Iterator[None]:
+    """Within, `loader` checks a model before and after it reads its weights: before they are
+    processed, so that an incomplete checkpoint becomes no shared store."""
     load_weights = loader.load_weights
 
     def check_then_load(model: torch.nn.Module, model_config: Any) -> None:
         check_built(model, config, model_config)
-        load_weights(model, model_config)
+        # An attached store is whole, and the layers drop what they are handed.
+        layers = [] if attached else [m for m in model.modules() if isinstance(m, ExpertSlotsMixin)]
+        with watching([m.load_coverage for m in layers if m.load_coverage and m.awaits_slots]):
+            load_weights(model, model_config)
 
     loader.load_weights = check_then_load  # type: ignore[method-assign]
     try:
@@ -184,15 +250,22 @@ def load_into_slots(
     Raises:
         MoEPrefetchError: the slots did not reach every layer, or the checkpoint is incomplete.
     """
+    if config.warm_start is not None:
+        make_place(Path(config.warm_start), WARM_START)
+        _files_of(loader, vllm_config, model_config, WARM_START)
+    before = _device_use(vllm_config)
     draft = building(draft=model_config.runner_type == "draft")
     with layers.in_place(), draft, _store_for(loader, vllm_config, model_config, config) as store:
         attached = store is not None and store.ready
         reading = nullcontext() if attached else reading_in_windows()
-        with loading_into(store), reading, _checking(loader, config):
+        with loading_into(store), reading, _checking(loader, config, attached):
             model = load_model()
-        # Before the store is completed: an incomplete checkpoint must not become one.
-        check_all([layer.load_coverage for layer in slotted_layers(model.modules())])
     report(model, config, model_config, vllm_config.parallel_config.pipeline_parallel_size)
+    after = _device_use(vllm_config)
+    if before and after and (warning := shortfall(before, after)):
+        logger.warning("%s", warning)
+    if model_config.runner_type != "draft":
+        report_link(model)
     guard_worker()
     return model
 
@@ -207,14 +280,27 @@ _REFUSED_CALLS = {
 sharded state asks each layer, which refuses: `ExpertSlotsMixin._save_to_state_dict`.)"""
 
 
+_KEEPER = "expert_residents_keeper"
+"""Attribute of a worker: its `ResidentsKeeper`, with a warm start."""
+
+
+def _residents_file(vllm_config: Any) -> ResidentsFile | None:
+    """Where this worker's residents are kept between starts, if that was asked for."""
+    config = MoEPrefetchConfig.from_additional_config(vllm_config.additional_config)
+    if config is None or config.warm_start is None:
+        return None
+    identity = residents_identity(vllm_config, get_world_group().rank)
+    return ResidentsFile(Path(config.warm_start), identity)
+
+
 @functools.cache
 def guard_worker() -> None:
     """Wraps methods of the worker that holds slots. Called in workers only, once they have imported
     what is wrapped.
 
     What warm-up batches loaded and counted is undone, so that the first request finds the slots as
-    loading left them; and what takes parameters for the model is refused before anything has
-    changed.
+    loading left them, or as an earlier engine did (`warm_start.py`); and what takes parameters for
+    the model is refused before anything has changed.
     """
     for name in _REFUSED_CALLS:
         require(f"vllm.v1.worker.gpu_worker:Worker.{name}")
@@ -231,12 +317,27 @@ def guard_worker() -> None:
     @functools.wraps(warm_up)
     def warm_up_and_reset(self: Worker) -> Any:
         times = warm_up(self)
-        for layer in all_slotted_layers(self.vllm_config):
-            layer.slots.reset()
+        managers = {layer.layer_name: layer.slots for layer in all_slotted_layers(self.vllm_config)}
+        file = _residents_file(self.vllm_config) if managers else None
+        start = file.read(managers) if file is not None else {}
+        for name, manager in managers.items():
+            manager.reset(start.get(name))
+        if file is not None:
+            setattr(self, _KEEPER, ResidentsKeeper(file, managers))
         return times
+
+    require("vllm.v1.worker.gpu_worker:Worker.shutdown")
+    end = Worker.shutdown
+
+    @functools.wraps(end)
+    def write_and_end(self: Worker) -> None:
+        if (keeper := getattr(self, _KEEPER, None)) is not None:
+            keeper.close()
+        end(self)
 
     wrapping.install(
         wrapping.Wrap(warm, "compile_or_warm_up_model", warm_up_and_reset),
+        wrapping.Wrap(Worker, "shutdown", write_and_end),
         *(wrapping.Wrap(Worker, name, _refusing(getattr(Worker, name))) for name in _REFUSED_CALLS),
     )
 

@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import (
     SIZES,
     TOTALS,
+    give_directory_to_ray,
     read_counters,
 )
 
@@ -56,6 +57,15 @@ def expose(directory: Path, vllm_config: Any) -> None:
             "it. Use --api-server-count 1, or collective_rpc('expert_slot_counters')."
         )
         return
+    parallel = vllm_config.parallel_config
+    if "ray" in (parallel.distributed_executor_backend, parallel.data_parallel_backend):
+        give_directory_to_ray()
+    if parallel.nnodes > 1 and parallel.node_rank == 0:
+        logger.warning_once(
+            "The vllm:moe_prefetch_* counters on /metrics are those of this node's ranks, not of "
+            "the other %d nodes'. collective_rpc('expert_slot_counters') answers for all ranks.",
+            parallel.nnodes - 1,
+        )
     if _exposed is not None:
         REGISTRY.unregister(_exposed)
     model_name = vllm_config.model_config.served_model_name

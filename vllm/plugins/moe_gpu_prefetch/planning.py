@@ -5,6 +5,7 @@ says what was decided, before a weight is read."""
 import math
 import mmap
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from vllm.config import VllmConfig
@@ -20,15 +21,26 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.footprint import measure
-from vllm.model_executor.layers.fused_moe.expert_slots.host_memory import host_memory
+from vllm.model_executor.layers.fused_moe.expert_slots.footprint import (
+    CannotMeasure,
+    GpuMemory,
+    measure,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.host_memory import (
+    available_after_waiting,
+    host_memory,
+    pinning_objection,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import (
+    COMMUNICATION_BYTES,
+    CONTEXT_BYTES,
     Limits,
     MemoryPlanner,
     distinct_experts,
-    gib,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import make_place, present
+from vllm.model_executor.layers.fused_moe.expert_slots.sizes import gib
+from vllm.plugins.moe_gpu_prefetch import gpu_elsewhere
 from vllm.plugins.moe_gpu_prefetch.conflicts import bypassed
 
 logger = init_logger(__name__)
@@ -39,45 +51,46 @@ _GPU_PAGE = 2 << 20
 BATCHES = (1, 4, 16, 64)
 
 
-def planner_for(
-    vllm_config: VllmConfig, config: MoEPrefetchConfig, gpu_memory: int | None = None
-) -> MemoryPlanner | None:
-    """What can be asked about this model here, or None for a model without MoE layers.
-
-    Args:
-        gpu_memory: bytes of a GPU that is elsewhere; this machine's host memory is then no limit.
+def planner_for(vllm_config: VllmConfig, config: MoEPrefetchConfig) -> MemoryPlanner | None:
+    """What can be asked about this model on this machine, or on the GPU elsewhere that this process
+    answers for; None for a model without MoE layers.
 
     Raises:
-        MoEPrefetchError: the model cannot be built from its configuration.
+        CannotMeasure: the model cannot be built from its configuration.
+        MoEPrefetchError: expert slots do not run on this platform, on its GPUs, or for this model.
     """
-    footprints = measure(vllm_config)
-    if not any(footprint.layers for footprint in footprints):
+    elsewhere = gpu_elsewhere.answer_while_building if gpu_elsewhere.pretended else None
+    measurement = measure(vllm_config, elsewhere)
+    if measurement.elsewhere:
+        raise bypassed(vllm_config.model_config.model, config.slots)
+    if not any(footprint.layers for footprint in measurement.footprints):
         return None
-    return MemoryPlanner(footprints, limits_of(vllm_config, config, gpu_memory))
+    limits = limits_of(vllm_config, config, measurement.gpu)
+    planner = MemoryPlanner(measurement.footprints, limits, measurement.objection)
+    if limits.host is not None:
+        host = available_after_waiting(planner.host_need(planner.top_k), host_memory)
+        planner.limits = replace(limits, host=host)
+    return planner
 
 
-def limits_of(
-    vllm_config: VllmConfig, config: MoEPrefetchConfig, gpu_memory: int | None = None
-) -> Limits:
-    """The limits of this machine, or of one with GPUs of `gpu_memory` bytes."""
+def limits_of(vllm_config: VllmConfig, config: MoEPrefetchConfig, gpu: GpuMemory | None) -> Limits:
+    """The limits of this machine, or of one with the GPUs that this process answers for.
+
+    Args:
+        gpu: the memory of this machine's smallest GPU, where that is known.
+    """
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     scheduler, speculation = vllm_config.scheduler_config, vllm_config.speculative_config
-    total = current_platform.get_device_total_memory() if gpu_memory is None else gpu_memory
-    kv_cache_bytes = cache.kv_cache_memory_bytes
-    share = cache.gpu_memory_utilization if kv_cache_bytes is None else 1.0
-    gpu_limit = gib(int(total * share))
-    if share < 1:
-        gpu_limit += f" (--gpu-memory-utilization {share:g} of {gib(total)})"
-    here, host_is_device = host_memory(), gpu_memory is None and current_platform.is_cpu()
+    gpu_bytes, gpu_limit = _gpu_limit(vllm_config, gpu)
+    elsewhere = gpu_elsewhere.pretended is not None
+    here, host_is_device = host_memory(), current_platform.is_cpu()
     takes_host_memory = (
-        gpu_memory is None
-        and _starts_engines(vllm_config)
-        and not _stores_present(vllm_config, config)
+        not elsewhere and _starts_engines(vllm_config) and not _stores_present(vllm_config, config)
     )
     return Limits(
-        gpu_bytes=int(total * share),
+        gpu_bytes=gpu_bytes,
         gpu_limit=gpu_limit,
-        kv_cache_bytes=kv_cache_bytes,
+        kv_cache_bytes=cache.kv_cache_memory_bytes,
         host=here if takes_host_memory else None,
         host_reserve=here.reserve(config.host_memory_reserve),
         ranks_per_host=max(1, parallel.world_size // parallel.nnodes),
@@ -88,6 +101,37 @@ def limits_of(
         shortens=vllm_config.model_config.original_max_model_len == -1,
         rows_per_sequence=1 + (speculation.num_speculative_tokens if speculation else 0),
     )
+
+
+def _gpu_limit(vllm_config: VllmConfig, gpu: GpuMemory | None) -> tuple[int, str]:
+    """Bytes that vLLM may use of each GPU, and the same in words.
+
+    As vLLM counts: a share of the GPU's total, which the context is no part of; or with a KV cache
+    given in bytes, all that is free once a process has its context, and its buffers for several.
+
+    Raises:
+        MoEPrefetchError: less is free than the share, which vLLM refuses too, later.
+    """
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    total = current_platform.get_device_total_memory() if gpu is None else gpu.total
+    share = cache.gpu_memory_utilization
+    if cache.kv_cache_memory_bytes is None:
+        limit = int(total * share)
+        if gpu is not None and gpu.free < limit:
+            raise MoEPrefetchError(
+                f"--gpu-memory-utilization {share:g} asks for {gib(limit)} of {gib(total)} on the "
+                f"GPU, and {gib(gpu.free)} are free. Stop what else uses the GPU, or lower it to "
+                f"{math.floor(100 * gpu.free / total) / 100:g}."
+            )
+        return limit, f"{gib(limit)} (--gpu-memory-utilization {share:g} of {gib(total)})"
+    if current_platform.is_cpu():
+        return total, gib(total)
+    buffers = COMMUNICATION_BYTES if parallel.world_size > 1 else 0
+    if gpu is not None:
+        limit = gpu.free - buffers
+        return limit, f"{gib(limit)} ({gib(gpu.free)} free of {gib(total)})"
+    limit = total - CONTEXT_BYTES - buffers
+    return limit, f"{gib(limit)} ({gib(total)} less what CUDA takes, an estimate)"
 
 
 def _starts_engines(vllm_config: VllmConfig) -> bool:
@@ -141,17 +185,22 @@ def settle(vllm_config: VllmConfig) -> None:
         return
     try:
         planner = planner_for(vllm_config, config)
-    except MoEPrefetchError as error:
-        if config.slots == "auto":
-            raise MoEPrefetchError(f"--moe-gpu-prefetch auto: {error}. Give a number.") from None
+    except CannotMeasure as error:
+        if not isinstance(config.slots, int):
+            raise MoEPrefetchError(
+                f"--moe-gpu-prefetch {config.slots}: {error}. Give a number."
+            ) from None
         logger.warning("No memory plan, so nothing is checked before loading: %s", error)
         return
     if planner is None:
-        if vllm_config.model_config.is_moe:
-            raise bypassed(vllm_config.model_config.model, config.slots)
         return
-    slots = planner.auto() if config.slots == "auto" else config.slots
+    slots = planner.meant(config.slots)
     planner.refuse(slots, config.slots)
+    reason = pinning_objection() if current_platform.is_cuda() else None
+    if reason and slots < planner.num_experts:
+        raise MoEPrefetchError(f"--moe-gpu-prefetch {config.slots}: {reason}")
+    if config.warm_start is not None:
+        make_place(Path(config.warm_start), "warm_start")
     _refuse_a_full_place(config, planner, slots)
     vllm_config.additional_config = {**vllm_config.additional_config, SLOTS_KEY: slots}
     if _starts_engines(vllm_config):
@@ -163,10 +212,12 @@ def _log(planner: MemoryPlanner, slots: int, config: MoEPrefetchConfig) -> None:
     chosen = ""
     if config.slots == "auto":
         chosen = " (auto: the largest that leaves the KV cache its room)"
+    elif isinstance(config.slots, str):
+        chosen = f" ({config.slots}: the largest that fits in so much)"
     logger.info(
         "Memory plan: %d of %d expert slots per MoE layer%s; per rank %s of slots, %s of staging, "
-        "%s of other weights, about %s of intermediates and runtime, %s of KV cache (%s), of %s; "
-        "%s of experts in host memory. %s.",
+        "%s of other weights, about %s of intermediates, graphs and libraries, %s of KV cache "
+        "(%s), of %s; %s of experts in host memory. %s.",
         plan.slots,
         planner.num_experts,
         chosen,

@@ -23,7 +23,8 @@ _MOE = "vllm.model_executor.layers.fused_moe"
 class Seam:
     """`target` is module:qualname; `parameters` are those we rely on, by name; `in_tree` says what
     the same feature would do at this place as a patch on vLLM itself; `versions` are those that
-    have it; a `deferred` one is checked where it is applied, because its import takes long."""
+    have it; a `deferred` one is checked where it is applied, because its import takes long; one
+    `on_cuda` cannot be imported without CUDA's libraries."""
 
     target: str
     kind: Literal["wrapped", "replaced", "relied on"]
@@ -32,6 +33,7 @@ class Seam:
     parameters: tuple[str, ...] = ()
     versions: SpecifierSet = SUPPORTED
     deferred: bool = False
+    on_cuda: bool = False
 
     def applies_to(self, version: str) -> bool:
         return self.versions.contains(Version(version))
@@ -73,6 +75,18 @@ SEAMS = (
         ("model", "model_config"),
     ),
     Seam(
+        "vllm.v1.executor.abstract:Executor.__init__",
+        "wrapped",
+        "ends with the refusal that a worker left, in the place of an error without a reason",
+        "a worker sends the reason through the pipe by which it says that it is ready",
+    ),
+    Seam(
+        "vllm.v1.engine.utils:wait_for_engine_startup",
+        "wrapped",
+        "raises the refusal that the engine left, in the place of an error without a reason",
+        "the engine sends the reason in the handshake",
+    ),
+    Seam(
         f"{_MOE}.routed_experts:RoutedExperts",
         "replaced",
         "out-of-tree registry, with all classes derived from it: parameters become rows",
@@ -98,6 +112,14 @@ SEAMS = (
         "wrapped",
         "the same on the CPU platform",
         "one call at the end of this method",
+        deferred=True,
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_worker:Worker.shutdown",
+        "wrapped",
+        "writes the residents for the next start, if warm_start names a directory; every executor "
+        "calls it when a worker ends, also after SIGTERM",
+        "one call at the beginning of this method",
         deferred=True,
     ),
     *(
@@ -160,7 +182,7 @@ SEAMS = (
     Seam(
         f"{_MOE}.routed_experts:RoutedExperts.weight_loader",
         "relied on",
-        "tells which experts the checkpoint brought",
+        "its arguments tell which part of which expert a tensor is, and so its shape",
         "",
         ("param", "loaded_weight", "weight_name", "shard_id", "expert_id"),
     ),
@@ -170,6 +192,16 @@ SEAMS = (
         "the checkpoint's expert id as this rank counts it",
         "",
         ("expert_id",),
+    ),
+    *(
+        Seam(f"{_MOE}.config:{name}", "relied on", "the shape of an expert in a checkpoint")
+        for name in (
+            "FusedMoEConfig.hidden_dim_unpadded",
+            "FusedMoEConfig.intermediate_size_per_partition_unpadded",
+            "FusedMoEConfig.is_act_and_mul",
+            "FusedMoEConfig.moe_parallel_config",
+            "FusedMoEParallelConfig.tp_size",
+        )
     ),
     Seam(
         f"{_MOE}.config:FusedMoEConfig.require_decomposed_backend",
@@ -196,6 +228,11 @@ SEAMS = (
         f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase.moe_quant_config",
         "relied on",
         "searched for per-expert tensors that slots could not follow (set in __init__)",
+    ),
+    Seam(
+        "vllm.model_executor.layers.quantization.base_config:QuantizationConfig",
+        "relied on",
+        "tells a layer's quantisation among what it is built of",
     ),
     Seam(
         "vllm.model_executor.layers.quantization.base_config:"
@@ -242,6 +279,16 @@ SEAMS = (
         "tells the process that starts engines from further API servers (a dataclass field)",
     ),
     Seam(
+        "vllm.config.parallel:ParallelConfig._api_process_count",
+        "relied on",
+        "the same (a dataclass field)",
+    ),
+    Seam(
+        "vllm.config.speculative:SpeculativeConfig.draft_model_config",
+        "relied on",
+        "tells whether a model of its own drafts: its runner_type is 'draft' (a dataclass field)",
+    ),
+    Seam(
         "vllm.model_executor.model_loader.weight_utils:safe_open",
         "relied on",
         "replaced while a slotted model loads: files are read in windows",
@@ -263,6 +310,61 @@ SEAMS = (
         f"{_MOE}.expert_map_manager:ExpertMapManager",
         "relied on",
         "kept on the CPU while the plan builds a model on the meta device",
+    ),
+    Seam(
+        "vllm.utils.system_utils:get_mp_context",
+        "relied on",
+        "starts the process that makes the plan as vLLM starts its own",
+    ),
+    Seam(
+        "vllm.model_executor.models.transformers.fusers.moe:trace",
+        "relied on",
+        "called once for each class while the plan builds a model of the transformers backend",
+        "",
+        ("module",),
+        deferred=True,
+    ),
+    Seam(
+        "vllm.entrypoints.launchers.cli_args:make_arg_parser",
+        "relied on",
+        "gives the plan command the options of `vllm serve`",
+        "",
+        ("parser",),
+        versions=_0_32,
+        deferred=True,
+    ),
+    Seam(
+        "vllm.entrypoints.common.cli_args:make_arg_parser",
+        "relied on",
+        "gives the plan command the options of `vllm serve`",
+        "",
+        ("parser",),
+        versions=_0_33,
+        deferred=True,
+    ),
+    Seam(
+        "vllm.platforms:_current_platform",
+        "relied on",
+        "set by the plan command to a GPU that is elsewhere",
+    ),
+    Seam(
+        "vllm.platforms:vllm_version_matches_substr",
+        "relied on",
+        "then says that this is no vLLM for CPUs, which has triton off",
+        "",
+        ("substr",),
+    ),
+    Seam(
+        "vllm.platforms.cuda:CudaPlatformBase",
+        "relied on",
+        "extended to that GPU's platform",
+        deferred=True,
+        on_cuda=True,
+    ),
+    Seam(
+        "vllm.platforms.interface:DeviceCapability",
+        "relied on",
+        "that GPU's compute capability",
     ),
     Seam(
         "vllm.model_executor.model_loader.utils:initialize_model",
@@ -349,6 +451,54 @@ SEAMS = (
         "vllm.platforms.interface:Platform.get_device_total_memory",
         "relied on",
         "what gpu_memory_utilization is a share of",
+    ),
+    Seam(
+        f"{_MOE}.routed_experts:RoutedExperts.global_num_experts",
+        "relied on",
+        "the share of a token's experts that a rank loads (set in __init__)",
+    ),
+    Seam(
+        "vllm.utils.mem_utils:MemorySnapshot",
+        "relied on",
+        "the GPU's memory before and after loading, as stock's own budget reads it: its fields "
+        "total_memory, free_memory, torch_memory",
+    ),
+    Seam(
+        "vllm.platforms.interface:Platform.is_integrated_gpu",
+        "relied on",
+        "a GPU whose memory is the host's is left out of that comparison",
+        "",
+        ("device_id",),
+    ),
+    Seam(
+        "vllm.utils.platform_utils:is_pin_memory_available",
+        "relied on",
+        "says no under WSL2 unless VLLM_WSL2_ENABLE_PIN_MEMORY is set: nothing is pinned then",
+    ),
+    Seam(
+        "vllm.envs:VLLM_WSL2_ENABLE_PIN_MEMORY",
+        "relied on",
+        "the way out that a refusal under WSL2 names",
+    ),
+    Seam(
+        "vllm.envs:VLLM_RAY_EXTRA_ENV_VARS_TO_COPY",
+        "relied on",
+        "set for engines on Ray, so that their workers know where the counters lie",
+    ),
+    Seam(
+        "vllm.ray.ray_env:get_env_vars_to_copy",
+        "relied on",
+        "reads that list where a process is started on Ray",
+    ),
+    Seam(
+        "vllm.config.parallel:ParallelConfig.data_parallel_backend",
+        "relied on",
+        "tells, with distributed_executor_backend, that processes are started on Ray",
+    ),
+    Seam(
+        "vllm.config.parallel:ParallelConfig.node_rank",
+        "relied on",
+        "tells, with nnodes, that some counters are on other nodes (dataclass fields)",
     ),
     Seam(
         "vllm.utils.argparse_utils:FlexibleArgumentParser",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import getattr_static
 from operator import is_
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 _NEUTRAL = ("vllm", "torch", "functools", "contextlib", "typing")
@@ -17,7 +17,7 @@ _NEUTRAL = ("vllm", "torch", "functools", "contextlib", "typing")
 class Wrap:
     """`function` in the place of `owner.name`, around what was there (its `__wrapped__`)."""
 
-    owner: type
+    owner: type | ModuleType
     name: str
     function: Callable[..., Any]
 

@@ -12,6 +12,11 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchError,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import SlotCounters
+from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
+    ExpertHistory,
+    Ranking,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import ResidencyTables
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import Memory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
 
@@ -19,8 +24,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import Exper
 class SlotManager(ABC):
     """Keeps the experts that a step needs in their rows. One per MoE layer and rank.
 
-    Starts warm: every slot filled, with experts 0 ... N-1, so that the first request does not pay
-    for an empty cache.
+    No slot is empty at the start, so that the first request does not pay for an empty cache.
     """
 
     def __init__(
@@ -50,12 +54,35 @@ class SlotManager(ABC):
         """
 
     @abstractmethod
-    def reset(self) -> None:
-        """Back to the start: experts 0 ... N-1 in the slots, no history, nothing counted."""
+    def reset(self, start: Ranking | None = None) -> None:
+        """Back to the start, nothing counted: in the slots are experts 0 ... N-1, without a
+        history, or those of `start`, with the order of it. `start` may be another N's."""
+
+    def _first(self, start: Ranking | None) -> tuple[ResidencyTables, ExpertHistory]:
+        """What `reset` begins with, on the host."""
+        history = ExpertHistory(self.num_experts, self.config.policy, self.config.lfu_half_life)
+        if start is None:
+            return ResidencyTables(self.num_experts, self.num_slots), history
+        start = start.fitted(self.num_experts, self.num_slots)
+        history.resume(start)
+        return ResidencyTables(self.num_experts, self.num_slots, start.experts), history
 
     @abstractmethod
     def residency(self) -> list[int]:
-        """The expert in each slot, [N], after a check of the tables against each other."""
+        """The expert in each slot, [N], after a check of the tables against each other.
+
+        Raises:
+            AssertionError: they do not fit each other.
+        """
+
+    @abstractmethod
+    def ranking(self) -> Ranking:
+        """The residents by their worth. May be called on any thread, also within a step: it then
+        sees the tables of some moment of the step.
+
+        Raises:
+            AssertionError: the tables do not fit each other, as within a step.
+        """
 
 
 class Backend(ABC):
@@ -68,8 +95,9 @@ class Backend(ABC):
     pins: bool
 
     @abstractmethod
-    def prepare(self, moe_config: Any) -> None:
-        """Chooses, before stock builds a layer, the kernel that slots can serve."""
+    def prepare(self, moe_config: Any, quant_config: Any) -> None:
+        """Chooses, before stock builds a layer, the kernel that slots can serve. For quantised
+        experts there is none yet: stock chooses, and `objection` says so."""
 
     @abstractmethod
     def objection(self, layer: Any) -> str | None:

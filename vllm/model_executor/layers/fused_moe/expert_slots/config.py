@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from vllm.config.utils import config
 
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import MAX_HALF_LIFE
+from vllm.model_executor.layers.fused_moe.expert_slots.sizes import size_in_bytes
 
 SLOTS_KEY = "moe_gpu_prefetch"
 OPTIONS_KEY = "moe_gpu_prefetch_config"
@@ -25,15 +26,22 @@ def _usable_as_path(text: str) -> str:
     return text
 
 
+def _auto_or_size(text: str) -> str:
+    if text != "auto":
+        size_in_bytes(text)
+    return text
+
+
 @config
 class MoEPrefetchConfig:
     """Expert slots for Mixture-of-Experts models."""
 
-    slots: Annotated[int, Field(ge=1)] | Literal["auto"]
+    slots: Annotated[int, Field(ge=1)] | Annotated[str, AfterValidator(_auto_or_size)]
     """Number of expert slots per MoE layer and rank. Every routed expert lives in host memory; this
     many are resident at a time. Raised to the router's top-k when it is lower; at or above the
-    number of experts nothing is offloaded. `auto`: the largest number that leaves the KV cache its
-    room. Not given: stock vLLM."""
+    number of experts nothing is offloaded. A size like 12GiB: the largest number whose slots and
+    staging take no more of a GPU. `auto`: the largest number that leaves the KV cache its room. Not
+    given: stock vLLM."""
 
     policy: Literal["lru", "lfu"] = "lru"
     """Which resident expert is evicted first: `lru`, the one needed longest ago; `lfu`, the one
@@ -54,6 +62,11 @@ class MoEPrefetchConfig:
     """A directory in shared memory, for example /dev/shm/expert-stores, where the experts of a
     checkpoint are kept once for all servers of this machine and for the next start. Not given:
     every server has its own copy."""
+
+    warm_start: Annotated[str, Field(min_length=1), AfterValidator(_usable_as_path)] | None = None
+    """A directory where the resident experts of every layer are written, every five minutes and
+    when the engine ends. The next start of the same model fills its slots with them. Not given:
+    slots start with experts 0 ... N-1."""
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> "MoEPrefetchConfig | None":
@@ -78,7 +91,7 @@ class MoEPrefetchConfig:
             return None
         return cls.validated(slots, {} if options is None else options)
 
-    def slots_of(self, draft: bool) -> int | Literal["auto"]:
+    def slots_of(self, draft: bool) -> int | str:
         """Slots per MoE layer of the model, or of its draft."""
         return self.draft_slots if draft and self.draft_slots is not None else self.slots
 
@@ -86,10 +99,16 @@ class MoEPrefetchConfig:
     def validated(cls, slots: Any, options: Any) -> "MoEPrefetchConfig":
         """Builds the configuration from a slot count and an options mapping, both untrusted."""
         number = isinstance(slots, int) and not isinstance(slots, bool) and slots >= 1
-        if slots != "auto" and not number:
+        size = isinstance(slots, str) and slots[:1].isdecimal() and not slots.isdecimal()
+        if size:
+            try:
+                size_in_bytes(slots)
+            except ValueError as error:
+                raise MoEPrefetchError(f"--moe-gpu-prefetch {slots}: {error}.") from None
+        if slots != "auto" and not number and not size:
             raise MoEPrefetchError(
-                f"--moe-gpu-prefetch {slots!r}: the number of expert slots per MoE layer must be "
-                "an integer of at least 1, or auto."
+                f"--moe-gpu-prefetch {slots!r}: expected the number of expert slots per MoE layer, "
+                "an integer of at least 1; or a size like 12GiB; or auto."
             )
         if not isinstance(options, dict) or not options.keys() <= set(_OPTIONS):
             raise MoEPrefetchError(

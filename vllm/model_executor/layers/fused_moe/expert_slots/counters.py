@@ -18,13 +18,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from vllm.logger import init_logger
 
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import HostPages
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import StepPlan
 
+logger = init_logger(__name__)
+
 DIRECTORY_VARIABLE = "MOE_GPU_PREFETCH_COUNTERS"
+_COPIED_BY_RAY = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+"""Stock's list, separated by commas, of further variables that Ray's processes are given."""
 
 TOTALS = {
     "steps": "Steps of the layer that needed an expert",
@@ -63,6 +68,14 @@ def open_counters_directory() -> Path:
     return directory
 
 
+def give_directory_to_ray() -> None:
+    """Has stock copy the directory's variable to the processes that Ray starts. Stock copies those
+    with its own prefixes, and those that this list names."""
+    names = [name for name in os.environ.get(_COPIED_BY_RAY, "").split(",") if name.strip()]
+    if DIRECTORY_VARIABLE not in names:
+        os.environ[_COPIED_BY_RAY] = ",".join([*names, DIRECTORY_VARIABLE])
+
+
 def _hold(directory: Path) -> None:
     """Locks `directory` until this process and all that it forked have ended."""
     # Never closed: the lock is this process's life. Under its name only once it is held, or another
@@ -99,6 +112,15 @@ class SlotCounters:
         if directory and Path(directory).is_dir():
             pages = _new_file(Path(directory) / f"{rank}@{layer_name}")
         else:
+            # Ray may have started this process on a host that does not have the directory.
+            if directory:
+                logger.warning_once(
+                    "The expert-slot counters of rank %d are not on /metrics: the directory %s is "
+                    "not on this host. collective_rpc('expert_slot_counters') answers for all "
+                    "ranks.",
+                    rank,
+                    directory,
+                )
             pages = HostPages(_NUM_BYTES)
         values = pages.tensor(torch.int64, (len(_FIELDS),))
         self.tensor = values[: len(TOTALS)]

@@ -1,13 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much host memory this process may still take, container limits included."""
+"""How much host memory this process may still take, container limits included, and whether it can
+be pinned."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from vllm.logger import init_logger
+from vllm.utils.platform_utils import is_pin_memory_available
+
+logger = init_logger(__name__)
 
 _GIB = 1 << 30
+
+_POLL_S, _PATIENCE_S = 0.5, 10.0
+_QUIET_POLLS = 3
+"""Polls in a row without growth that end the waiting: unpinning comes before freeing."""
+
+_GROWTH = 64 << 20
+"""Bytes by which available memory grows between two polls while a large process ends; less is the
+coming and going of others."""
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _CGROUP_FILES = (
     ("", "memory.max", "memory.current", "inactive_file"),
@@ -45,6 +59,53 @@ def host_memory(root: Path = _CGROUP_ROOT, membership: str | None = None) -> Hos
         total = min(total, limit)
         available = min(available, max(0, limit - used))
     return HostMemory(total, available)
+
+
+def available_after_waiting(
+    needed: int,
+    read: Callable[[], HostMemory] = host_memory,
+    patience_s: float = _PATIENCE_S,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], object] = time.sleep,
+) -> HostMemory:
+    """Host memory, read again while less than `needed` bytes are available and more come back: a
+    server with much pinned memory gives it back for seconds after it has ended.
+
+    Returns after about `_QUIET_POLLS * _POLL_S` seconds if nothing comes back, and after
+    `patience_s` in any case.
+    """
+    memory, end, quiet, said = read(), clock() + patience_s, 0, False
+    while memory.available < needed and quiet < _QUIET_POLLS and clock() < end:
+        sleep(_POLL_S)
+        before, memory = memory, read()
+        if memory.available - before.available < _GROWTH:
+            quiet += 1
+            continue
+        quiet = 0
+        if not said and memory.available < needed:
+            said = True
+            logger.info(
+                "%.1f GiB of host memory are needed and %.1f GiB are available, more each moment: "
+                "another process is giving memory back. Waiting up to %.0f seconds for it.",
+                needed / _GIB,
+                memory.available / _GIB,
+                patience_s,
+            )
+    return memory
+
+
+def pinning_objection() -> str | None:
+    """Why host memory must not be pinned for a GPU here, or None. Stock decides: under WSL2 it pins
+    only if it is told to, because Windows may stand still when much memory is pinned."""
+    if is_pin_memory_available():
+        return None
+    return (
+        "expert slots keep the experts in pinned host memory, and vLLM does not pin memory under "
+        "WSL2 unless it is told to: Windows lets all processes together pin about half of the "
+        "machine's memory, and may stand still when that is used up. Set "
+        "VLLM_WSL2_ENABLE_PIN_MEMORY=1 (with a WSL2 kernel from 4.19.121 on: wsl --update), or "
+        "serve without --moe-gpu-prefetch."
+    )
 
 
 def _limits(root: Path, membership: str) -> Iterator[tuple[int, int]]:

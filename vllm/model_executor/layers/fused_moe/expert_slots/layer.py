@@ -12,10 +12,6 @@ from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
-    UnquantizedFusedMoEMethod,
-)
 
 from vllm.model_executor.layers.fused_moe.expert_slots.backend import (
     Backend,
@@ -29,6 +25,13 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
 from vllm.model_executor.layers.fused_moe.expert_slots.load_coverage import LoadCoverage
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import SharedStore
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import current as shared_store
+from vllm.model_executor.layers.fused_moe.expert_slots.suitability import (
+    cannot_serve,
+    configs_among,
+    layer_objection,
+    runner_objection,
+    top_k_objection,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import Memory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
     host_tensor,
@@ -85,6 +88,8 @@ def _slots_for(moe_config: FusedMoEConfig) -> tuple[MoEPrefetchConfig, int] | No
             "--moe-gpu-prefetch auto was not settled: this engine's configuration was not made "
             "by EngineArgs, or only its draft has MoE layers. Give a number."
         )
+    if reason := top_k_objection(moe_config):
+        raise MoEPrefetchError(f"--moe-gpu-prefetch {asked} cannot serve this model: {reason}.")
     top_k, experts = moe_config.experts_per_token, moe_config.num_local_experts
     slots = max(asked, top_k)
     if slots >= experts:
@@ -126,14 +131,13 @@ class ExpertSlotsMixin(_Layer):
     shared_store: SharedStore | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
-        values = (*args, *kwargs.values())
-        moe_config = next(value for value in values if isinstance(value, FusedMoEConfig))
+        moe_config, quant_config = configs_among(*args, *kwargs.values())
         wanted = _slots_for(moe_config)
         if wanted is None:
             super().__init__(*args, **kwargs)
             return
         backend = current_backend()
-        backend.prepare(moe_config)
+        backend.prepare(moe_config, quant_config)
         with torch.device("cpu"):
             super().__init__(*args, **kwargs)
         self.slots_config, self.num_slots = wanted
@@ -145,11 +149,8 @@ class ExpertSlotsMixin(_Layer):
         Raises:
             MoEPrefetchError: this layer cannot be slotted.
         """
-        if reason := self._objection(backend):
-            raise MoEPrefetchError(
-                f"--moe-gpu-prefetch cannot serve layer {self.layer_name} "
-                f"({type(self).__name__}): {reason}. Or serve without --moe-gpu-prefetch."
-            )
+        if reason := layer_objection(self, backend):
+            raise cannot_serve(self.layer_name, self, reason)
         self._backend = backend
         self.load_coverage = LoadCoverage(self, get_current_vllm_config().load_config.load_format)
         self.shared_store = shared_store()
@@ -170,46 +171,17 @@ class ExpertSlotsMixin(_Layer):
         """Whether the layer was armed and its weights have not been processed since."""
         return self.load_coverage is not None and self.slots is None
 
-    def _objection(self, backend: Backend) -> str | None:
-        """Why this layer cannot be slotted. The parallel reasons stand in `conflicts.py` too:
-        VLLM_DP_SIZE and a VllmConfig that is made without EngineArgs go past it."""
-        parallel = self.moe_config.moe_parallel_config
-        own: Any = _stock_class(self, RoutedExperts)
-        if own.forward_modular is not RoutedExperts.forward_modular:
-            return (
-                f"{own.__module__}.{own.__name__} works on the router's choices in a "
-                "forward_modular of its own"
-            )
-        if parallel.dp_size > 1 or parallel.pcp_size > 1:
-            return (
-                "ranks of data or prefill context parallelism hand each other their tokens; use "
-                "tensor parallelism"
-            )
-        if parallel.enable_eplb:
-            return "EPLB moves experts between ranks; drop --enable-eplb"
-        if self.moe_config.is_lora_enabled:
-            return "LoRA adapters are indexed by expert id; drop --enable-lora"
-        method = type(self.quant_method)
-        if (
-            issubclass(method, UnquantizedFusedMoEMethod)
-            and method is not UnquantizedFusedMoEMethod
-        ):
-            whose = "a model's own" if method.__module__.startswith("vllm.") else "another plugin's"
-            return f"its method {method.__module__}.{method.__qualname__} is {whose}"
-        return backend.objection(self)
-
     def weight_loader(self, param: Any, *args: Any, **kwargs: Any) -> Any:
         if self.slots is not None:
             raise MoEPrefetchError(
                 f"{self.layer_name}: weights cannot be reloaded into expert slots; restart the "
                 "engine to serve other weights."
             )
-        loaded = True
-        if self.shared_store is None or not self.shared_store.ready:
-            loaded = super().weight_loader(param, *args, **kwargs)
         if self.load_coverage is not None:
-            self.load_coverage.record(param, *args, **kwargs)
-        return loaded
+            self.load_coverage.check_shape(param, *args, **kwargs)
+        if self.shared_store is not None and self.shared_store.ready:
+            return True
+        return super().weight_loader(param, *args, **kwargs)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self.slots is not None:
@@ -286,31 +258,15 @@ def _own_pages(tensor: torch.Tensor) -> torch.Tensor:
     return host_tensor(tensor.shape, tensor.dtype).copy_(tensor)
 
 
-def _stock_class(ours: object, base: type) -> type:
-    """The class derived from `base` that one of ours is mixed into."""
-    return [cls for cls in type(ours).__mro__ if issubclass(cls, base)][1]
-
-
 class CheckedMoERunner(_Runner):
     """Refuses slots where a runner of the model's own computes: it may read the experts' weights
     by its own ids, and rows are not ids. Stock's runner and the transformers backend's do not."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        runner = _stock_class(self, MoERunner)
         layer = self.routed_experts
-        if getattr(layer, "num_slots", None) and _RUNNERS.get(runner.__module__) != runner.__name__:
-            raise MoEPrefetchError(
-                f"--moe-gpu-prefetch cannot serve layer {layer.layer_name}: it is run by "
-                f"{runner.__module__}.{runner.__name__}, which is not known to leave the experts' "
-                "weights to the kernel. Serve this model without --moe-gpu-prefetch."
-            )
-
-
-_RUNNERS = {
-    MoERunner.__module__: "MoERunner",
-    "vllm.model_executor.models.transformers.moe": "TransformersMoERunner",
-}
+        if getattr(layer, "num_slots", None) and (reason := runner_objection(self)):
+            raise cannot_serve(layer.layer_name, self, reason)
 
 
 def slotted_class(stock: type) -> type:

@@ -8,20 +8,28 @@ from functools import cache
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 from vllm.model_executor.layers.fused_moe.expert_slots.host_memory import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.sizes import (
+    GIB,
+    gib,
+    size_in_bytes,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import committed_bytes
 
-GIB = 1 << 30
+CONTEXT_BYTES = GIB // 2
+"""CUDA's context: what a process takes of a GPU before it allocates anything. An estimate; where a
+GPU is at hand, its free memory is read instead, with a context."""
 
-RUNTIME_BYTES = 1 * GIB
-"""Kept on every GPU for what no formula knows: CUDA graphs, library workspaces, fragmentation. On
-the CPU platform it stands for the process itself. An estimate."""
+LIBRARY_BYTES = GIB // 2
+"""Kept on every GPU for what no formula knows: workspaces of libraries, kernels, fragmentation. An
+estimate."""
 
+COMMUNICATION_BYTES = GIB
+"""Buffers of NCCL and of vLLM's own all-reduce, on every GPU of several. An estimate: vLLM's logs
+show about 1.4 GiB beside torch with two GPUs, the context included."""
 
-def gib(num_bytes: int) -> str:
-    """For messages: GiB, or MiB where that would read as nothing."""
-    if num_bytes < GIB // 10:
-        return f"{num_bytes / (1 << 20):,.1f} MiB"
-    return f"{num_bytes / GIB:,.2f} GiB"
+GRAPH_BYTES_PER_LAYER = 384 << 10
+"""What a layer takes of a captured CUDA graph. An estimate: 24 MiB for a graph of 64 layers, as
+measured in vLLM issue 50780."""
 
 
 def distinct_experts(num_experts: int, top_k: int, sequences: int) -> float:
@@ -88,6 +96,8 @@ class Footprint:
         kv_sequence_bytes: KV cache of one sequence of `max_model_len`.
         kv_block_bytes: one block of the KV cache; vLLM keeps one back.
         activation_bytes: intermediates of the largest batch, an estimate (docs/sizing.md).
+        graph_bytes: captured CUDA graphs, an estimate.
+        host_table_bytes: tensors that the model itself keeps in host memory.
     """
 
     layers: tuple[MoELayer, ...]
@@ -95,10 +105,12 @@ class Footprint:
     kv_sequence_bytes: int
     kv_block_bytes: int
     activation_bytes: int
+    graph_bytes: int = 0
+    host_table_bytes: int = 0
 
     @property
     def overhead_bytes(self) -> int:
-        return self.activation_bytes + RUNTIME_BYTES
+        return self.activation_bytes + self.graph_bytes + LIBRARY_BYTES
 
     def slot_bytes(self, slots: int) -> int:
         return sum(layer.slot_bytes(slots) for layer in self.layers)
@@ -165,7 +177,7 @@ class Plan:
         slot_bytes: the slots of all layers.
         staging_bytes: the staging rows that all layers share.
         other_weight_bytes: every weight but the routed experts.
-        overhead_bytes: intermediates and runtime, estimates.
+        overhead_bytes: intermediates, graphs and libraries, all estimates.
         kv_cache_bytes: the KV cache that there is room for.
         kv_sequences: sequences of `max_model_len` that it holds.
         host_bytes: the host stores of one machine.
@@ -196,11 +208,15 @@ class MemoryPlanner:
     Args:
         footprints: one for each pipeline stage; the tensor-parallel ranks of a stage are alike.
         limits: of the machine and the workload.
+        objection: why layers of the model cannot have slots, or None.
     """
 
-    def __init__(self, footprints: Sequence[Footprint], limits: Limits):
+    def __init__(
+        self, footprints: Sequence[Footprint], limits: Limits, objection: str | None = None
+    ):
         self.footprints = footprints
         self.limits = limits
+        self.objection = objection
         layers = [layer for footprint in footprints for layer in footprint.layers]
         self.num_layers = len(layers)
         self.num_experts = max(layer.experts for layer in layers)
@@ -225,7 +241,7 @@ class MemoryPlanner:
         resident = limits.max_num_seqs
         if slots < self.num_experts:
             resident = resident_sequences(self.num_experts, self.top_k, slots)
-        reason = self._gpu_shortage(rank, slots) or self._host_shortage(slots, host_bytes)
+        reason = self._gpu_shortage(rank, slots) or self._host_shortage(slots)
         room = f"room for {sequences:,.1f} sequences of {limits.max_model_len:,} tokens"
         return Plan(
             slots=slots,
@@ -241,6 +257,15 @@ class MemoryPlanner:
             host_bytes=host_bytes,
             resident_sequences=resident,
         )
+
+    def layers_with(self, slots: int) -> list[tuple[int, int, int, int]]:
+        """Experts, top-k, slots and bytes of an expert of every MoE layer, one rank of each
+        pipeline stage."""
+        return [
+            (layer.experts, layer.top_k, layer.resident(slots), layer.bytes_per_expert)
+            for footprint in self.footprints
+            for layer in footprint.layers
+        ]
 
     def largest(self) -> int | None:
         """The largest N that fits, or None."""
@@ -271,10 +296,46 @@ class MemoryPlanner:
         self.refuse(self.smallest, "auto")
         raise AssertionError
 
+    def within(self, size: int, asked: str) -> int:
+        """The largest N whose slots and staging take no more than `size` bytes of any GPU.
+
+        Raises:
+            MoEPrefetchError: not even top-k slots do.
+        """
+
+        def taken(slots: int) -> int:
+            return max(
+                footprint.slot_bytes(slots) + footprint.staging_bytes(slots, self.limits.page)
+                for footprint in self.footprints
+            )
+
+        counts = range(self.num_experts, self.top_k - 1, -1)
+        slots = next((slots for slots in counts if taken(slots) <= size), None)
+        if slots is None:
+            raise MoEPrefetchError(
+                f"--moe-gpu-prefetch {asked} is too little: {self.top_k} slots per layer (the "
+                f"router's top-k) take {gib(taken(self.top_k))} with their staging. Give at least "
+                "that."
+            )
+        return slots
+
+    def meant(self, asked: int | str) -> int:
+        """The N that `asked` means, fitting or not: a number, a size or `auto`.
+
+        Raises:
+            MoEPrefetchError: `auto`, and nothing fits; or a size that is too little.
+        """
+        if isinstance(asked, int):
+            return asked
+        return self.auto() if asked == "auto" else self.within(size_in_bytes(asked), asked)
+
     def refuse(self, slots: int, asked: int | str) -> None:
         """Raises:
-        MoEPrefetchError: `slots` do not fit: what is needed, what there is, and the way out.
+        MoEPrefetchError: the model's layers cannot have slots; or `slots` do not fit: what is
+            needed, what there is, and the way out.
         """
+        if self.objection and slots < self.num_experts:
+            raise MoEPrefetchError(self.objection)
         plan = self.plan(slots)
         if plan.fits:
             return
@@ -282,7 +343,7 @@ class MemoryPlanner:
         largest, least = self.largest(), self.plan(self.top_k)
         if largest is not None:
             way_out = f"The largest N that fits is {largest}."
-        elif least.reason == self._host_shortage(least.slots, least.host_bytes):
+        elif least.reason == self._host_shortage(least.slots):
             shortage = f"N={least.slots} {least.reason}"
             way_out = (
                 "No N fits. Free host memory, spread the model over more machines, or lower the "
@@ -329,7 +390,8 @@ class MemoryPlanner:
             f"needs {gib(total)} ({gib(rank.slot_bytes(slots))} slots, "
             f"{gib(rank.staging_bytes(slots, limits.page))} staging, "
             f"{gib(rank.other_weight_bytes)} other weights, {gib(rank.overhead_bytes)} "
-            f"intermediates and runtime, {gib(kv_cache)} KV cache), there are {limits.gpu_limit}"
+            f"intermediates, graphs and libraries, {gib(kv_cache)} KV cache), there are "
+            f"{limits.gpu_limit}"
         )
 
     def _host_bytes(self, slots: int) -> int:
@@ -342,11 +404,13 @@ class MemoryPlanner:
         tensor_ranks = max(1, ranks // len(stages))
         return sum(sorted(stages * tensor_ranks, reverse=True)[:ranks])
 
-    def _host_shortage(self, slots: int, host_bytes: int) -> str | None:
-        limits = self.limits
-        if limits.host is None or not host_bytes:
-            return None
-        taken = host_bytes
+    def host_need(self, slots: int) -> int:
+        """Host memory that must be available for `slots`, the reserve included; 0 if nothing is
+        kept there."""
+        limits, stores = self.limits, self._host_bytes(slots)
+        if not stores:
+            return 0
+        taken = stores + self._on_one_host([f.host_table_bytes for f in self.footprints])
         if limits.host_is_device:
             taken += self._on_one_host(
                 [
@@ -354,9 +418,14 @@ class MemoryPlanner:
                     for f in self.footprints
                 ]
             )
-        if limits.host.available - taken >= limits.host_reserve:
+        return taken + limits.host_reserve
+
+    def _host_shortage(self, slots: int) -> str | None:
+        host, need = self.limits.host, self.host_need(slots)
+        if host is None or host.available >= need:
             return None
         return (
-            f"needs {gib(taken)} of host memory, {gib(limits.host.available)} are available and "
-            f"{gib(limits.host_reserve)} must stay free"
+            f"needs {gib(need - self.limits.host_reserve)} of host memory, "
+            f"{gib(host.available)} are available and {gib(self.limits.host_reserve)} must stay "
+            "free"
         )

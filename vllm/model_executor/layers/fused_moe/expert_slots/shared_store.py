@@ -252,8 +252,8 @@ def _open(place: Path, identity: dict[str, Any]) -> SharedStore:
         return SharedStore(place, identity, lock)
 
 
-def make_place(place: Path) -> None:
-    """Makes the directory of the stores, for its owner alone.
+def make_place(place: Path, option: str = "shared_store") -> None:
+    """Makes the directory that `option` names, for its owner alone.
 
     Raises:
         MoEPrefetchError: it is no directory, or others could change what lies in it.
@@ -262,20 +262,23 @@ def make_place(place: Path) -> None:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = place.stat(follow_symlinks=False)
     except OSError as error:
-        raise _refused(place, f"cannot be made: {error.strerror}") from None
+        raise _refused(place, f"cannot be made: {error.strerror}", option) from None
     if not stat.S_ISDIR(status.st_mode):
-        raise _refused(place, "is not a directory")
+        raise _refused(place, "is not a directory", option)
     others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if status.st_uid != os.geteuid() and not status.st_mode & stat.S_ISVTX:
-        raise _refused(place, f"belongs to user {status.st_uid}")
+        raise _refused(place, f"belongs to user {status.st_uid}", option)
     if others_write and not status.st_mode & stat.S_ISVTX:
-        raise _refused(place, "can be written by others (chmod 700 it)")
+        raise _refused(place, "can be written by others (chmod 700 it)", option)
 
 
-def _refused(path: Path, reason: str) -> MoEPrefetchError:
+_EXAMPLES = {"shared_store": "/dev/shm/expert-stores", "warm_start": "~/.cache/expert-residents"}
+
+
+def _refused(path: Path, reason: str, option: str = "shared_store") -> MoEPrefetchError:
     return MoEPrefetchError(
-        f"--moe-gpu-prefetch-config.shared_store: {path} {reason}. Name a directory of your own, "
-        "for example /dev/shm/expert-stores."
+        f"--moe-gpu-prefetch-config.{option}: {path} {reason}. Name a directory of your own, "
+        f"for example {_EXAMPLES[option]}."
     )
 
 
@@ -321,17 +324,32 @@ def _checked(path: Path, flags: int) -> int:
     Raises:
         MoEPrefetchError: it is not.
     """
+    opened = open_own(path, flags)
+    if isinstance(opened, str):
+        raise _refused(path, opened)
+    return opened
+
+
+def open_own(path: Path, flags: int) -> int | str:
+    """Opens a plain file of this user, closed to others.
+
+    Returns:
+        A descriptor, or in what the file is not that.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise _refused(path, f"is not a plain file of this user: {error.strerror}") from None
+        return f"is not a plain file of this user: {error.strerror}"
     status = os.fstat(descriptor)
     closed = not status.st_mode & 0o077
     if not (stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and closed):
         os.close(descriptor)
-        raise _refused(path, "is not a plain file of this user alone (mode 0600)")
+        return "is not a plain file of this user alone (mode 0600)"
     return descriptor
 
 

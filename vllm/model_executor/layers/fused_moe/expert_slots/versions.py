@@ -54,3 +54,13 @@ def kv_cache_bytes(vllm_config: Any, specs: dict[str, Any]) -> tuple[int, int]:
             _max_memory_usage_bytes_from_groups(vllm_config, groups),
             _pool_bytes_per_block(vllm_config, groups),
         )
+
+
+def add_serve_options(parser: Any) -> None:
+    """Adds the model and all options of `vllm serve`."""
+    if VLLM_0_33:
+        from vllm.entrypoints.common.cli_args import make_arg_parser
+    else:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+
+    make_arg_parser(parser)

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import Exper
 class CPUBackend(Backend):
     pins = False
 
-    def prepare(self, moe_config: Any) -> None:
+    def prepare(self, moe_config: Any, quant_config: Any) -> None:
         pass
 
     def objection(self, layer: Any) -> str | None:

@@ -5,9 +5,8 @@ import numpy as np
 import torch
 
 from vllm.model_executor.layers.fused_moe.expert_slots.backend import SlotManager
-from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import ExpertHistory
+from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import Ranking
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import (
-    ResidencyTables,
     StepPlan,
     checked_residency,
     needed_experts,
@@ -25,13 +24,10 @@ class CPUSlotManager(SlotManager):
         super().__init__(*args, **kwargs)
         self.reset()
 
-    def reset(self) -> None:
-        self.tables = ResidencyTables(self.num_experts, self.num_slots)
-        self.history = ExpertHistory(
-            self.num_experts, self.config.policy, self.config.lfu_half_life
-        )
+    def reset(self, start: Ranking | None = None) -> None:
+        self.tables, self.history = self._first(start)
         self.counters.clear()
-        self.rows.fill_slots()
+        self.rows.fill_slots(self.tables.slot_to_expert.tolist())
 
     def plan(self, topk_ids: torch.Tensor) -> StepPlan:
         """Decides one step; nothing is loaded yet. `topk_ids` as for `step`."""
@@ -73,3 +69,6 @@ class CPUSlotManager(SlotManager):
         return checked_residency(
             tables.slot_to_expert, tables.expert_to_slot, tables.expert_to_row[:-1]
         )
+
+    def ranking(self) -> Ranking:
+        return Ranking.of(self.residency(), self.history)

@@ -9,9 +9,13 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 
 from vllm.model_executor.layers.fused_moe.expert_slots.backend import Backend
-from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
+from vllm.model_executor.layers.fused_moe.expert_slots.config import (
+    MoEPrefetchConfig,
+    MoEPrefetchError,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.experts import SlottedTritonExperts
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import CudaSlotManager
+from vllm.model_executor.layers.fused_moe.expert_slots.host_memory import pinning_objection
 from vllm.model_executor.layers.fused_moe.expert_slots.versions import keep_routing_apart
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.driver import cuda_driver
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import (
@@ -24,25 +28,29 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import Exper
 class CudaBackend(Backend):
     pins = True
 
-    def prepare(self, moe_config: Any) -> None:
+    def prepare(self, moe_config: Any, quant_config: Any) -> None:
+        if quant_config is not None:
+            return
         keep_routing_apart(moe_config)
         if moe_config.moe_backend == "auto":
             moe_config.moe_backend = "triton"
 
     def objection(self, layer: Any) -> str | None:
         method = layer.quant_method
+        if not isinstance(method, UnquantizedFusedMoEMethod):
+            name = layer.quant_config.get_name() if layer.quant_config else type(method).__name__
+            return f"its experts are quantised ({name}), and slots on a GPU serve none of those yet"
         name = getattr(getattr(method, "experts_cls", None), "__name__", "none")
-        if name == "TritonExperts" and isinstance(method, UnquantizedFusedMoEMethod):
+        if name == "TritonExperts":
             return None
-        return (
-            f"its kernel is {name} of {type(method).__name__}; slots on a GPU serve unquantised "
-            "experts with --moe-backend triton"
-        )
+        return f"its kernel is {name}, and slots on a GPU take --moe-backend triton"
 
     def slotted(self, experts_cls: type) -> type:
         return SlottedTritonExperts
 
     def memory(self, device: torch.device) -> Memory:
+        if reason := pinning_objection():
+            raise MoEPrefetchError(f"--moe-gpu-prefetch: {reason}")
         return DeviceMemory(
             cuda_driver(),
             torch.accelerator.current_device_index() if device.index is None else device.index,

@@ -13,12 +13,16 @@ from vllm.model_executor.layers.fused_moe.expert_slots.cuda.plan_kernel import (
     plan_constants,
     plan_kernel,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
+    ExpertHistory,
+    Ranking,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import checked_residency
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
 
 
 class CudaSlotManager(SlotManager):
-    """Same decisions, counters and warm start as `CPUSlotManager`.
+    """Same decisions, counters and start as `CPUSlotManager`.
 
     Attributes:
         slot_to_expert: [N] int32. expert_to_slot: [E] int32, -1 = not resident.
@@ -69,14 +73,16 @@ class CudaSlotManager(SlotManager):
         )
         self.reset()
 
-    def reset(self) -> None:
-        self.slot_to_expert.copy_(torch.arange(self.num_slots))
-        self.expert_to_slot.fill_(-1)[: self.num_slots] = self.slot_to_expert
-        self.expert_to_row.copy_(torch.arange(self.num_experts).roll(self.num_slots))
-        for tensor in (self.last_needed, self.frequency, self.totals):
-            tensor.zero_()
+    def reset(self, start: Ranking | None = None) -> None:
+        tables, history = self._first(start)
+        self.slot_to_expert.copy_(torch.from_numpy(tables.slot_to_expert))
+        self.expert_to_slot.copy_(torch.from_numpy(tables.expert_to_slot))
+        self.expert_to_row.copy_(torch.from_numpy(tables.expert_to_row[:-1]))
+        self.last_needed.copy_(torch.from_numpy(history.last_needed))
+        self.frequency.copy_(torch.from_numpy(history.frequency))
+        self.totals.zero_()
         self.counters.clear()
-        self.rows.fill_slots()
+        self.rows.fill_slots(tables.slot_to_expert.tolist())
 
     def step(self, topk_ids: torch.Tensor, is_padding: torch.Tensor | None = None) -> torch.Tensor:
         rows = self.plan(topk_ids, is_padding)
@@ -122,3 +128,15 @@ class CudaSlotManager(SlotManager):
         """As the interface says; waits for the device."""
         tables = (self.slot_to_expert, self.expert_to_slot, self.expert_to_row)
         return checked_residency(*(table.cpu().numpy() for table in tables))
+
+    def ranking(self) -> Ranking:
+        """As the interface says, over a stream of its own. It waits for its five small copies, and
+        neither for the engine's stream nor that stream for it: there may be steps in it, or a
+        collective operation that will never end."""
+        where = self.slot_to_expert
+        stream = torch.cuda.Stream(where.device) if where.is_cuda else None
+        with torch.cuda.device_of(where), torch.cuda.stream(stream):
+            history = ExpertHistory(self.num_experts, self.config.policy, self.config.lfu_half_life)
+            history.last_needed = self.last_needed.cpu().numpy()
+            history.frequency = self.frequency.cpu().numpy()
+            return Ranking.of(self.residency(), history)

@@ -4,6 +4,8 @@
 Values are integers so that the order is total and the same on every device: no clock, no rounding.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -21,7 +23,8 @@ class ExpertHistory:
     """How recently and how often each expert of a layer was needed.
 
     Attributes:
-        last_needed: [E] int64, the step that last needed the expert, 0 for never.
+        last_needed: [E] int64, the step that last needed the expert; 0 and below: before the first
+            step or never, in the order of `resume`.
         frequency: [E] int64, decayed count in units of `FREQUENCY_UNIT`.
         step: steps seen by the layer.
     """
@@ -32,6 +35,17 @@ class ExpertHistory:
         self.step = 0
         self.last_needed: np.ndarray = np.zeros(num_experts, np.int64)
         self.frequency: np.ndarray = np.zeros(num_experts, np.int64)
+
+    def resume(self, ranking: "Ranking") -> None:
+        """Begins with the order of `ranking`, before the first step: its experts are worth more
+        than all others, the first most. For `lfu` each has its count, which decays as any other
+        does, but no more than this half-life leaves of a need in every step."""
+        num_residents = len(ranking.experts)
+        self.last_needed.fill(-num_residents)
+        self.last_needed[ranking.experts] = -np.arange(num_residents)
+        if self.policy == "lfu":
+            most = self.lfu_half_life * FREQUENCY_UNIT
+            self.frequency[ranking.experts] = np.minimum(ranking.counts, most)
 
     def values(self) -> np.ndarray:
         """Worth of each expert, [E] int64; of equals, the one with the lower id comes first."""
@@ -47,3 +61,30 @@ class ExpertHistory:
             if self.step % self.lfu_half_life == 0:
                 self.frequency >>= 1
             self.frequency[needed] += FREQUENCY_UNIT
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A layer's residents, the most valuable first: the reverse of the order of eviction.
+
+    Attributes:
+        experts: their ids.
+        counts: the count of each in units of `FREQUENCY_UNIT`, as in `ExpertHistory.frequency`;
+            0 for `lru`, which keeps none.
+    """
+
+    experts: list[int]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, residents: Sequence[int], history: ExpertHistory) -> "Ranking":
+        values = history.values().tolist()
+        experts = sorted(residents, key=lambda expert: (values[expert], expert), reverse=True)
+        return cls(experts, history.frequency[experts].tolist())
+
+    def fitted(self, num_experts: int, num_slots: int) -> "Ranking":
+        """For `num_slots` slots: the most valuable, or all of them and then the experts of the
+        lowest ids that are missing."""
+        missing = sorted(set(range(num_experts)) - set(self.experts))
+        counts = self.counts + [0] * len(missing)
+        return Ranking((self.experts + missing)[:num_slots], counts[:num_slots])

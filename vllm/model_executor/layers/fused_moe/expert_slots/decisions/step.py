@@ -14,6 +14,7 @@ resident its slot, any other the staging row of its rank among the non-residents
 expert -> row is a permutation, whatever is routed, and every step is one launch of stock's kernel.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +48,7 @@ class StepPlan:
 
 
 class ResidencyTables:
-    """Which expert is where. No slot is ever empty: they start with experts 0 ... N-1.
+    """Which expert is where. No slot is ever empty.
 
     Attributes:
         slot_to_expert: [N] int64.
@@ -56,17 +57,24 @@ class ResidencyTables:
             keeps the id -1 (a padding row) at -1.
     """
 
-    def __init__(self, num_experts: int, num_slots: int):
+    def __init__(
+        self, num_experts: int, num_slots: int, residents: Sequence[int] | None = None
+    ) -> None:
+        """Args:
+        residents: N distinct experts, which get the slots in the order of their ids. Not given:
+            experts 0 ... N-1.
+        """
         self.num_experts = num_experts
         self.num_slots = num_slots
         self.num_staged = num_experts - num_slots
-        self.slot_to_expert = np.arange(num_slots)
+        slots = np.arange(num_slots)
+        self.slot_to_expert = slots if residents is None else np.sort(residents)
         self.expert_to_slot = np.full(num_experts, -1)
-        self.expert_to_slot[:num_slots] = self.slot_to_expert
+        self.expert_to_slot[self.slot_to_expert] = slots
         self.expert_to_row = np.full(num_experts + 1, -1)
-        self.expert_to_row[:num_slots] = self.slot_to_expert + self.num_staged
+        self.expert_to_row[self.slot_to_expert] = slots + self.num_staged
         self._staging_rows = np.arange(self.num_staged)
-        self.expert_to_row[num_slots:num_experts] = self._staging_rows
+        self.expert_to_row[(self.expert_to_slot < 0).nonzero()[0]] = self._staging_rows
 
     def replace(self, leaving: np.ndarray, entering: np.ndarray) -> None:
         """Gives the slots of the residents `leaving` to `entering`, both [n] int64, one for one."""

@@ -6,6 +6,7 @@ protected too.
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import weakref
@@ -54,10 +55,23 @@ def unmap_memory(address: int, size: int) -> None:
     _libc.munmap(address, size)
 
 
+_LOCKED = "Raise the limit of locked memory (ulimit -l)"
+_ADVICE = {
+    errno.ENOMEM: "Free host memory, or raise the limit of address space (ulimit -v) or of "
+    "mappings (sysctl vm.max_map_count)",
+    errno.EAGAIN: _LOCKED,
+    errno.EPERM: _LOCKED,
+    errno.ENOSPC: "Free room in the file system that holds the memory (df -h /dev/shm)",
+    errno.EACCES: "Give this user the right to read and write the file",
+    errno.ENODEV: "Name a directory in shared memory (/dev/shm): this file system maps no memory",
+}
+
+
 def _refused(size: int, what: str) -> MoEPrefetchError:
+    error = ctypes.get_errno()
     return MoEPrefetchError(
-        f"{size:,} bytes of host memory cannot be {what}: {os.strerror(ctypes.get_errno())}. "
-        "Free host memory, raise the limits of this process (ulimit -a), or serve without "
+        f"{size:,} bytes of host memory cannot be {what}: {os.strerror(error)}. "
+        f"{_ADVICE.get(error, 'Look up what this error means here')}, or serve without "
         "--moe-gpu-prefetch."
     )
 

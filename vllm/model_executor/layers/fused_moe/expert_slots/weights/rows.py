@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import groupby
 
 import torch
 
@@ -58,7 +59,11 @@ class ExpertRows:
         for expert, row in zip(experts, rows, strict=True):
             torch._foreach_copy_(self._rows[row], self._homes[expert])
 
-    def fill_slots(self) -> None:
-        """Loads experts 0 ... N-1 into the slots 0 ... N-1."""
-        for name, slots in self.slots.items():
-            slots.copy_(self.store.tensors[name][: self.num_slots])
+    def fill_slots(self, residents: Sequence[int]) -> None:
+        """Loads the expert of each slot, [N]. Ids that follow each other are copied together:
+        experts 0 ... N-1 are one copy a tensor."""
+        for _, run in groupby(enumerate(residents), key=lambda entry: entry[1] - entry[0]):
+            together = list(run)
+            (slot, expert), count = together[0], len(together)
+            for name, slots in self.slots.items():
+                slots[slot : slot + count].copy_(self.store.tensors[name][expert : expert + count])
