@@ -356,6 +356,22 @@ def test_what_a_model_copies_itself_is_watched():
         layer.w2_weight.data[1:, :-1].copy_(bf16(EXPERTS - 1, HIDDEN - 1, WIDTH))
 
 
+def test_experts_that_a_model_sets_to_zero():
+    """Padding of its layout counts as whole; a whole parameter does not, or a missing expert would
+    be served as zeros."""
+    for fill in (torch.Tensor.zero_, lambda part: part.fill_(0.0)):
+        layer = make_layer()
+        with watching([layer.load_coverage]):
+            for parameter in (layer.w13_weight.data, layer.w2_weight.data):
+                parameter[:-1] = bf16(EXPERTS - 1, *parameter.shape[1:])
+                fill(parameter[-1])
+        layer = make_layer()
+        words = "w13_weight got 0 of 768 elements of expert 0 and of 3 more"
+        with pytest.raises(MoEPrefetchError, match=words), watching([layer.load_coverage]):
+            for parameter in (layer.w13_weight.data, layer.w2_weight.data):
+                fill(parameter)
+
+
 def test_other_formats_are_not_watched():
     """Dummy weights are no checkpoint, and may be anything."""
     layer = make_layer()

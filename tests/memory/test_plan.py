@@ -431,7 +431,7 @@ def test_host_memory_is_kept_free(checkpoint):
 
 
 def test_further_api_servers_do_not_ask_for_the_engines_memory(checkpoint, monkeypatch):
-    """They make the same configuration, with the same N, when the engines have taken theirs."""
+    """They make the same configuration when the engines have taken theirs, and plan nothing."""
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm.plugins.moe_gpu_prefetch import planning, register
@@ -442,6 +442,7 @@ def test_further_api_servers_do_not_ask_for_the_engines_memory(checkpoint, monke
     first = EngineArgs(str(checkpoint), max_model_len=512, additional_config=asked)
     with pytest.raises(MoEPrefetchError, match="must stay free"):
         first.create_engine_config()
+    monkeypatch.setattr(planning, "measure", None)
     further = EngineArgs(str(checkpoint), max_model_len=512, additional_config=asked)
     further._api_process_count, further._api_process_rank = 2, 1
     assert further.create_engine_config().additional_config == asked

@@ -126,6 +126,8 @@ def wraps() -> tuple[Wrap, ...]:
         from vllm.plugins.moe_gpu_prefetch.metrics import expose
         from vllm.plugins.moe_gpu_prefetch.planning import settle
 
+        # Of several API servers each makes this configuration; their parent starts the engines,
+        # which may have taken the memory when the others look.
         starts_engines = self._api_process_count == 1 or self._api_process_rank == -1
         if starts_engines:
             directory = open_counters_directory()
@@ -135,7 +137,8 @@ def wraps() -> tuple[Wrap, ...]:
         say_what_is_shared()
         try:
             refuse_draft_slots(config, vllm_config)
-            settle(vllm_config)
+            if starts_engines:
+                settle(vllm_config)
         except MoEPrefetchError as refusal:
             raise ending(refusal) from None
         if starts_engines:

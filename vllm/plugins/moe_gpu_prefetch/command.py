@@ -193,6 +193,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     if asked is None:
         eighths = {planner.num_experts * part // 8 for part in range(1, 9)}
         asked = [planner.top_k, *eighths, *filter(None, (auto, planner.largest()))]
+    if auto is None:  # nothing fits: the least says what is missing
+        asked = [planner.smallest if count == "auto" else count for count in asked]
     counts = {planner.meant(count) for count in asked}
     plans = {plan.slots: plan for plan in map(planner.plan, sorted(counts))}
     costs = None
@@ -275,8 +277,9 @@ def _print(
     console.print(
         f"GPU: slots, staging (rows that all layers share for experts without a slot), "
         f"{gib(first.other_weight_bytes)} of other weights, and about "
-        f"{gib(first.overhead_bytes)} of intermediates, CUDA graphs and libraries (estimates). "
-        "With the KV cache it shares "
+        f"{gib(first.overhead_bytes)} of intermediates ({gib(first.activation_bytes)}), CUDA "
+        f"graphs ({gib(first.graph_bytes)}) and libraries ({gib(first.library_bytes)}), which are "
+        "estimates. With the KV cache it shares "
         f"{limits.gpu_limit}.\n"
         f"longest: sequences of {limits.max_model_len:,} tokens that the KV cache holds.\n"
         "resident: sequences that decode together without outgrowing the slots, if routing is "

@@ -122,7 +122,7 @@ def pretend(gpu: Gpu) -> None:
         get_device_numa_node = classmethod(lambda cls, *_, **__: None)
 
     platforms._current_platform = Elsewhere()
-    platforms.vllm_version_matches_substr = lambda _: False  # a vLLM for CPUs has triton off
+    platforms.vllm_version_matches_substr = lambda substr: False  # a vLLM for CPUs has triton off
     pretended = gpu
 
 

@@ -162,7 +162,11 @@ def report(
             first.moe_config.device,
             sum(layer.slots.store.num_bytes for layer in slotted) / GIB,
             first.slots.store.bytes_per_expert,
-            resident_sequences(first.local_num_experts, first.top_k, first.num_slots),
+            resident_sequences(
+                first.local_num_experts,
+                first.top_k * first.local_num_experts / first.global_num_experts,
+                first.num_slots,
+            ),
         )
     elif not experts and experts_elsewhere(model, model_config):
         raise bypassed(f"{type(model).__name__} ({model_config.model})", config.slots)

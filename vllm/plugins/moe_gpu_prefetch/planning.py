@@ -84,9 +84,7 @@ def limits_of(vllm_config: VllmConfig, config: MoEPrefetchConfig, gpu: GpuMemory
     gpu_bytes, gpu_limit = _gpu_limit(vllm_config, gpu)
     elsewhere = gpu_elsewhere.pretended is not None
     here, host_is_device = host_memory(), current_platform.is_cpu()
-    takes_host_memory = (
-        not elsewhere and _starts_engines(vllm_config) and not _stores_present(vllm_config, config)
-    )
+    takes_host_memory = not elsewhere and not _stores_present(vllm_config, config)
     return Limits(
         gpu_bytes=gpu_bytes,
         gpu_limit=gpu_limit,
@@ -110,19 +108,20 @@ def _gpu_limit(vllm_config: VllmConfig, gpu: GpuMemory | None) -> tuple[int, str
     given in bytes, all that is free once a process has its context, and its buffers for several.
 
     Raises:
-        MoEPrefetchError: less is free than the share, which vLLM refuses too, later.
+        MoEPrefetchError: less is free than the share, which vLLM refuses too, later and in both
+            modes.
     """
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     total = current_platform.get_device_total_memory() if gpu is None else gpu.total
     share = cache.gpu_memory_utilization
+    limit = int(total * share)
+    if gpu is not None and gpu.free < limit:
+        raise MoEPrefetchError(
+            f"--gpu-memory-utilization {share:g} asks for {gib(limit)} of {gib(total)} on the GPU, "
+            f"and {gib(gpu.free)} are free. Stop what else uses the GPU, or lower it to "
+            f"{math.floor(100 * gpu.free / total) / 100:g}."
+        )
     if cache.kv_cache_memory_bytes is None:
-        limit = int(total * share)
-        if gpu is not None and gpu.free < limit:
-            raise MoEPrefetchError(
-                f"--gpu-memory-utilization {share:g} asks for {gib(limit)} of {gib(total)} on the "
-                f"GPU, and {gib(gpu.free)} are free. Stop what else uses the GPU, or lower it to "
-                f"{math.floor(100 * gpu.free / total) / 100:g}."
-            )
         return limit, f"{gib(limit)} (--gpu-memory-utilization {share:g} of {gib(total)})"
     if current_platform.is_cpu():
         return total, gib(total)
@@ -132,13 +131,6 @@ def _gpu_limit(vllm_config: VllmConfig, gpu: GpuMemory | None) -> tuple[int, str
         return limit, f"{gib(limit)} ({gib(gpu.free)} free of {gib(total)})"
     limit = total - CONTEXT_BYTES - buffers
     return limit, f"{gib(limit)} ({gib(total)} less what CUDA takes, an estimate)"
-
-
-def _starts_engines(vllm_config: VllmConfig) -> bool:
-    """Several API servers each make the engine's configuration; only their parent starts engines,
-    which may have taken the host memory when the others look."""
-    parallel = vllm_config.parallel_config
-    return parallel._api_process_count == 1 or parallel._api_process_rank == -1
 
 
 def _stores_present(vllm_config: VllmConfig, config: MoEPrefetchConfig) -> bool:
@@ -203,8 +195,7 @@ def settle(vllm_config: VllmConfig) -> None:
         make_place(Path(config.warm_start), "warm_start")
     _refuse_a_full_place(config, planner, slots)
     vllm_config.additional_config = {**vllm_config.additional_config, SLOTS_KEY: slots}
-    if _starts_engines(vllm_config):
-        _log(planner, slots, config)
+    _log(planner, slots, config)
 
 
 def _log(planner: MemoryPlanner, slots: int, config: MoEPrefetchConfig) -> None:
@@ -231,7 +222,7 @@ def _log(planner: MemoryPlanner, slots: int, config: MoEPrefetchConfig) -> None:
         gib(plan.host_bytes),
         expectation(planner),
     )
-    expected = distinct_experts(planner.num_experts, planner.top_k, limits.max_num_seqs)
+    expected = distinct_experts(planner.num_experts, planner.routed, limits.max_num_seqs)
     if plan.slots < planner.num_experts and expected > plan.slots:
         logger.warning(
             "With --max-num-seqs %d a full batch needs about %.0f distinct experts of a layer, "
@@ -248,7 +239,7 @@ def _log(planner: MemoryPlanner, slots: int, config: MoEPrefetchConfig) -> None:
 def expectation(planner: MemoryPlanner) -> str:
     """Distinct experts that a decode step is expected to need, for some batch sizes."""
     counts = [
-        f"{distinct_experts(planner.num_experts, planner.top_k, batch):.0f} at {batch}"
+        f"{distinct_experts(planner.num_experts, planner.routed, batch):.0f} at {batch}"
         for batch in BATCHES
     ]
     return f"Distinct experts expected in a step: {', '.join(counts)} sequences"

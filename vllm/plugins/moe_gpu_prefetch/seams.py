@@ -317,6 +317,25 @@ SEAMS = (
         "starts the process that makes the plan as vLLM starts its own",
     ),
     Seam(
+        "vllm.platforms.interface:set_assigned_physical_gpu_ids",
+        "relied on",
+        "tells that process which GPUs --device-ids names",
+        "",
+        ("ids",),
+    ),
+    Seam(
+        "vllm.platforms.interface:Platform.logical_device_id_to_visible_device_id",
+        "relied on",
+        "the GPU of a rank",
+        "",
+        ("device_id",),
+    ),
+    Seam(
+        "vllm.plugins:load_general_plugins",
+        "relied on",
+        "called in that process: models may be another plugin's",
+    ),
+    Seam(
         "vllm.model_executor.models.transformers.fusers.moe:trace",
         "relied on",
         "called once for each class while the plan builds a model of the transformers backend",

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.config import ModelConfig, ParallelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms import current_platform
+from vllm.platforms.interface import set_assigned_physical_gpu_ids
 from vllm.utils.system_utils import get_mp_context
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
@@ -44,10 +45,11 @@ from vllm.model_executor.layers.fused_moe.expert_slots.suitability import (
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.versions import kv_cache_bytes
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import per_expert_parameters
+from vllm.plugins import load_general_plugins
 
 _GROUPS = ("_WORLD", "_TP", "_ETP", "_PP", "_DP", "_EP", "_EPLB", "_PCP", "_DCP")
 
-_LIMIT_S = 90
+_LIMIT_S = 180
 
 _LARGE = 64 << 20
 """Bytes from which a tensor that a model puts into host memory is not made while measuring."""
@@ -105,7 +107,10 @@ def measure(vllm_config: VllmConfig, elsewhere: Callable[[], None] | None = None
         answer = receiver.recv() if receiver.poll(_LIMIT_S) else f"not done in {_LIMIT_S} s"
     except EOFError:
         process.join()
-        answer = f"the process that built it ended with status {process.exitcode}"
+        answer = (
+            f"the process that built it ended with status {process.exitcode} (a script that starts "
+            "engines guards its main part by __name__ == '__main__')"
+        )
     process.kill()
     process.join()
     if isinstance(answer, Measurement):
@@ -128,6 +133,7 @@ def _measure_and_send(
 ) -> None:
     # OpenMP does not survive a fork. Not torch.set_num_threads: vLLM's CPU worker shuts that off.
     torch._C.set_num_threads(1)
+    load_general_plugins()  # a spawned process has none; a model may be another plugin's
     try:
         sender.send(_measure(vllm_config, elsewhere))
     except MoEPrefetchError as error:
@@ -149,7 +155,7 @@ def _measure(vllm_config: VllmConfig, elsewhere: Callable[[], None] | None) -> M
     if elsewhere is not None:
         elsewhere()
     elif current_platform.is_cuda():
-        gpu = _smallest_gpu(parallel.world_size // parallel.nnodes)
+        gpu = _smallest_gpu(parallel)
     stages = [
         _measure_stage(vllm_config, stage, backend)
         for stage in range(parallel.pipeline_parallel_size)
@@ -160,14 +166,23 @@ def _measure(vllm_config: VllmConfig, elsewhere: Callable[[], None] | None) -> M
     )
 
 
-def _smallest_gpu(count: int) -> GpuMemory | None:
-    """The least of the first `count` GPUs; None where this process sees none, as under Ray.
+def _smallest_gpu(parallel: ParallelConfig) -> GpuMemory | None:
+    """The least of the GPUs that this machine's ranks will run on; None where this process sees
+    none.
+
+    Where others place the ranks (Ray, torchrun) they may run on other GPUs than these: of those
+    only the total is taken.
 
     Raises:
         MoEPrefetchError: a GPU shares its memory with the host.
     """
+    if parallel.assigned_physical_gpu_ids is not None:
+        set_assigned_physical_gpu_ids(parallel.assigned_physical_gpu_ids)
+    placed_by_others = parallel.distributed_executor_backend in ("ray", "external_launcher")
+    ranks = 1 if placed_by_others else parallel.world_size // parallel.nnodes
     seen = []
-    for device in range(min(count, torch.accelerator.device_count())):
+    for rank in range(min(ranks, torch.accelerator.device_count())):
+        device = current_platform.logical_device_id_to_visible_device_id(rank)
         if current_platform.is_integrated_gpu(device):
             raise MoEPrefetchError(
                 f"--moe-gpu-prefetch gains nothing on {current_platform.get_device_name(device)}: "
@@ -175,7 +190,7 @@ def _smallest_gpu(count: int) -> GpuMemory | None:
                 "without --moe-gpu-prefetch."
             )
         free, total = torch.accelerator.get_memory_info(device)
-        seen.append(GpuMemory(total, free))
+        seen.append(GpuMemory(total, total if placed_by_others else free))
     return min(seen, key=lambda gpu: gpu.free, default=None)
 
 
@@ -258,7 +273,8 @@ def _moe_layer(layer: RoutedExperts) -> MoELayer:
     if reason := top_k_objection(layer.moe_config):
         raise cannot_serve(layer.layer_name, layer, reason)
     rows = tuple((name, p[0].nbytes) for name, p in _experts(layer).items())
-    return MoELayer(layer.local_num_experts, layer.top_k, rows)
+    share = layer.local_num_experts / layer.global_num_experts
+    return MoELayer(layer.local_num_experts, layer.top_k, rows, share)
 
 
 def _kv_cache_bytes(vllm_config: VllmConfig) -> tuple[int, int]:

@@ -165,7 +165,8 @@ class LoadCoverage:
     def _in_checkpoint(self, local: int) -> int:
         """The checkpoint's number of an expert that this rank counts as `local`."""
         to_local = self._layer._map_global_expert_id_to_local_expert_id
-        return next(e for e in range(self._layer.global_num_experts) if to_local(e) == local)
+        experts = range(self._layer.global_num_experts)
+        return next((e for e in experts if to_local(e) == local), local)
 
     def _misfit(
         self, name: str, part: str, found: Sequence[int], needed: Sequence[int]
@@ -213,17 +214,26 @@ class _Copies(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _COPIES and args[0].device.type == "cpu" and args[0].numel():
+        writes = func in _COPIES or func in _FILLS
+        if writes and args[0].device.type == "cpu" and args[0].numel():
             address = args[0].data_ptr()
             place = bisect_right(self._starts, address) - 1
             if place >= 0 and address < self._memory[place][1]:
                 _, _, index, name = self._memory[place]
-                self._coverages[index].copied(name, args[0], args[1])
+                coverage = self._coverages[index]
+                if func in _COPIES:
+                    coverage.copied(name, args[0], args[1])
+                elif args[0].numel() < coverage.watched[name].numel():
+                    coverage.copied(name, args[0], args[0])
         return func(*args, **(kwargs or {}))
 
 
 _COPIES = {torch.ops.aten.copy_.default, torch.ops.aten.fill_.Tensor}
 """What `view.copy_(tensor)` and `view[...] = tensor` come to."""
+
+_FILLS = {torch.ops.aten.zero_.default, torch.ops.aten.fill_.Scalar}
+"""How a model sets experts that no checkpoint has, which pad its layout (Inkling). To set a whole
+parameter so is no such thing: a missing expert would be zeros."""
 
 
 def _by_row(

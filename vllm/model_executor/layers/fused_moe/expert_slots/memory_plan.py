@@ -32,13 +32,13 @@ GRAPH_BYTES_PER_LAYER = 384 << 10
 measured in vLLM issue 50780."""
 
 
-def distinct_experts(num_experts: int, top_k: int, sequences: int) -> float:
+def distinct_experts(num_experts: int, top_k: float, sequences: int) -> float:
     """Experts of a layer that one decode step of `sequences` needs: `E * (1 - (1 - k / E) ** b)`,
     if routing is uniform and independent. Real routing is more local, so this is the high end."""
     return num_experts * (1 - (1 - top_k / num_experts) ** sequences)
 
 
-def resident_sequences(num_experts: int, top_k: int, slots: int) -> int:
+def resident_sequences(num_experts: int, top_k: float, slots: int) -> int:
     """Sequences that may decode together before their experts outgrow fewer than E slots."""
     assert slots < num_experts
     sequences = 1
@@ -49,12 +49,24 @@ def resident_sequences(num_experts: int, top_k: int, slots: int) -> int:
 
 @dataclass(frozen=True)
 class MoELayer:
-    """One MoE layer on one rank; `rows` are the names of its per-expert tensors, and the bytes that
-    one expert takes in each."""
+    """One MoE layer on one rank.
+
+    Attributes:
+        experts: of this rank.
+        top_k: experts that the router chooses for a token, on any rank.
+        rows: names of the layer's per-expert tensors, and the bytes that one expert takes in each.
+        share: of the model's experts, those of this rank; below 1 under expert parallelism.
+    """
 
     experts: int
     top_k: int
     rows: tuple[tuple[str, int], ...]
+    share: float = 1.0
+
+    @property
+    def routed(self) -> float:
+        """Experts of this rank that a token is expected to need."""
+        return self.top_k * self.share
 
     @property
     def bytes_per_expert(self) -> int:
@@ -171,13 +183,17 @@ class Plan:
 
     Attributes:
         slots: expert slots per MoE layer.
+        experts: experts of a MoE layer on one rank.
         fits: whether it can start.
         reason: why not; or what room it leaves.
         gpu_bytes: all that one GPU holds but the KV cache: the sum of the next four.
         slot_bytes: the slots of all layers.
         staging_bytes: the staging rows that all layers share.
         other_weight_bytes: every weight but the routed experts.
-        overhead_bytes: intermediates, graphs and libraries, all estimates.
+        overhead_bytes: intermediates, graphs and libraries, all estimates: the next three.
+        activation_bytes: intermediates of the largest batch.
+        graph_bytes: CUDA graphs.
+        library_bytes: workspaces of libraries, kernels, fragmentation.
         kv_cache_bytes: the KV cache that there is room for.
         kv_sequences: sequences of `max_model_len` that it holds.
         host_bytes: the host stores of one machine.
@@ -186,6 +202,7 @@ class Plan:
     """
 
     slots: int
+    experts: int
     fits: bool
     reason: str
     gpu_bytes: int
@@ -193,6 +210,9 @@ class Plan:
     staging_bytes: int
     other_weight_bytes: int
     overhead_bytes: int
+    activation_bytes: int
+    graph_bytes: int
+    library_bytes: int
     kv_cache_bytes: int
     kv_sequences: float
     host_bytes: int
@@ -221,7 +241,13 @@ class MemoryPlanner:
         self.num_layers = len(layers)
         self.num_experts = max(layer.experts for layer in layers)
         self.top_k = max(layer.top_k for layer in layers)
+        self.routed = max(layer.routed for layer in layers)
         self.bytes_per_expert = max(layer.bytes_per_expert for layer in layers)
+
+    @property
+    def _counts(self) -> range:
+        """What N may be, the largest first. A rank may have fewer experts than the top-k."""
+        return range(self.num_experts, min(self.num_experts, self.top_k) - 1, -1)
 
     @property
     def smallest(self) -> int:
@@ -240,11 +266,12 @@ class MemoryPlanner:
         host_bytes = self._host_bytes(slots)
         resident = limits.max_num_seqs
         if slots < self.num_experts:
-            resident = resident_sequences(self.num_experts, self.top_k, slots)
+            resident = resident_sequences(self.num_experts, self.routed, slots)
         reason = self._gpu_shortage(rank, slots) or self._host_shortage(slots)
         room = f"room for {sequences:,.1f} sequences of {limits.max_model_len:,} tokens"
         return Plan(
             slots=slots,
+            experts=self.num_experts,
             fits=reason is None,
             reason=reason or room,
             gpu_bytes=rank.gpu_bytes(slots, limits.page),
@@ -252,25 +279,27 @@ class MemoryPlanner:
             staging_bytes=rank.staging_bytes(slots, limits.page),
             other_weight_bytes=rank.other_weight_bytes,
             overhead_bytes=rank.overhead_bytes,
+            activation_bytes=rank.activation_bytes,
+            graph_bytes=rank.graph_bytes,
+            library_bytes=LIBRARY_BYTES,
             kv_cache_bytes=kv_cache,
             kv_sequences=round(sequences, 2),
             host_bytes=host_bytes,
             resident_sequences=resident,
         )
 
-    def layers_with(self, slots: int) -> list[tuple[int, int, int, int]]:
-        """Experts, top-k, slots and bytes of an expert of every MoE layer, one rank of each
-        pipeline stage."""
+    def layers_with(self, slots: int) -> list[tuple[int, float, int, int]]:
+        """Experts, top-k (a rank's share of it), slots and bytes of an expert, of every MoE layer,
+        for one rank of each pipeline stage."""
         return [
-            (layer.experts, layer.top_k, layer.resident(slots), layer.bytes_per_expert)
+            (layer.experts, layer.routed, layer.resident(slots), layer.bytes_per_expert)
             for footprint in self.footprints
             for layer in footprint.layers
         ]
 
     def largest(self) -> int | None:
         """The largest N that fits, or None."""
-        counts = range(self.num_experts, self.top_k - 1, -1)
-        return next((slots for slots in counts if self.plan(slots).fits), None)
+        return next((slots for slots in self._counts if self.plan(slots).fits), None)
 
     def auto(self) -> int:
         """The largest N that leaves the KV cache its room: `max_num_seqs` sequences of
@@ -309,13 +338,12 @@ class MemoryPlanner:
                 for footprint in self.footprints
             )
 
-        counts = range(self.num_experts, self.top_k - 1, -1)
-        slots = next((slots for slots in counts if taken(slots) <= size), None)
+        slots = next((slots for slots in self._counts if taken(slots) <= size), None)
         if slots is None:
+            least = self._counts[-1]
             raise MoEPrefetchError(
-                f"--moe-gpu-prefetch {asked} is too little: {self.top_k} slots per layer (the "
-                f"router's top-k) take {gib(taken(self.top_k))} with their staging. Give at least "
-                "that."
+                f"--moe-gpu-prefetch {asked} is too little: {least} slots per layer (the router's "
+                f"top-k) take {gib(taken(least))} with their staging. Give at least that."
             )
         return slots
 

@@ -38,6 +38,9 @@ WARM_START = "warm_start"
 INTERVAL_S = 300.0
 """Seconds between two writes of a worker that does not end."""
 
+_PATIENCE_S = 10.0
+"""Seconds that the end waits for a write that has begun: the disk or the GPU may hang."""
+
 MAX_BYTES = 1 << 24
 """A hundred layers of 512 experts are 1.5 MB; what is larger is not read."""
 
@@ -230,5 +233,7 @@ class ResidentsKeeper:
         """Writes for the last time. Does nothing more when it is called again."""
         self._closed.set()
         if self._thread is not threading.current_thread():  # that may collect a dropped engine
-            self._thread.join()
+            self._thread.join(_PATIENCE_S)
+            if self._thread.is_alive():
+                return
         self.write()

@@ -2,6 +2,8 @@
 """One layer's slots on a GPU: the decisions of `decisions/step.py` and the loads, a kernel each, so
 that a step never waits for the host and can be captured in a CUDA graph."""
 
+from functools import cache
+
 import torch
 from vllm.triton_utils import triton
 
@@ -134,9 +136,16 @@ class CudaSlotManager(SlotManager):
         neither for the engine's stream nor that stream for it: there may be steps in it, or a
         collective operation that will never end."""
         where = self.slot_to_expert
-        stream = torch.cuda.Stream(where.device) if where.is_cuda else None
+        stream = _reading_stream(where.device) if where.is_cuda else None
         with torch.cuda.device_of(where), torch.cuda.stream(stream):
             history = ExpertHistory(self.num_experts, self.config.policy, self.config.lfu_half_life)
             history.last_needed = self.last_needed.cpu().numpy()
             history.frequency = self.frequency.cpu().numpy()
             return Ranking.of(self.residency(), history)
+
+
+@cache
+def _reading_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all layers of a device: torch deals its streams out of a pool of 32, in turn, so that
+    one for each layer would be the engine's own streams too."""
+    return torch.cuda.Stream(device)

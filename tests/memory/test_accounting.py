@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan's limits are vLLM's own: what it may use of the GPU that is there, and how the process
+that asks is started."""
+
+import gc
+import multiprocessing
+from types import SimpleNamespace
+
+import pytest
+from engine import moe_layers, start
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm.model_executor.layers.fused_moe.expert_slots import footprint
+from vllm.model_executor.layers.fused_moe.expert_slots.config import (
+    MoEPrefetchConfig,
+    MoEPrefetchError,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.footprint import CannotMeasure, GpuMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import (
+    Footprint,
+    Limits,
+    MemoryPlanner,
+    MoELayer,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.sizes import GIB
+from vllm.plugins.moe_gpu_prefetch import planning, register
+
+CUDA = SimpleNamespace(
+    is_cuda=lambda: True,
+    is_cpu=lambda: False,
+    get_device_total_memory=lambda: 24 * GIB,
+    get_device_name=lambda _: "NVIDIA GB10",
+    is_integrated_gpu=lambda _: False,
+    logical_device_id_to_visible_device_id=lambda rank: rank,
+)
+
+
+def asked(share=0.9, kv_cache=None, ranks=1):
+    cache = SimpleNamespace(gpu_memory_utilization=share, kv_cache_memory_bytes=kv_cache)
+    return SimpleNamespace(cache_config=cache, parallel_config=SimpleNamespace(world_size=ranks))
+
+
+@pytest.mark.parametrize(
+    ("options", "gpu", "limit"),
+    [
+        ({}, None, 0.9 * 24),  # a share of the total, which the context is no part of
+        ({}, GpuMemory(20 * GIB, 19 * GIB), 0.9 * 20),
+        ({"kv_cache": GIB}, None, 23.5),  # all but the context
+        ({"kv_cache": GIB, "ranks": 2}, None, 22.5),  # and the buffers of communication
+        ({"kv_cache": GIB}, GpuMemory(20 * GIB, 19 * GIB), 19),  # read with a context
+        ({"kv_cache": GIB, "ranks": 2}, GpuMemory(20 * GIB, 19 * GIB), 18),
+    ],
+)
+def test_what_vllm_may_use(monkeypatch, options, gpu, limit):
+    monkeypatch.setattr(planning, "current_platform", CUDA)
+    num_bytes, words = planning._gpu_limit(asked(**options), gpu)
+    assert num_bytes == int(limit * GIB) and f"{limit:.2f} GiB" in words
+    assert ("an estimate" in words) == (gpu is None and "kv_cache" in options)
+
+
+@pytest.mark.parametrize("kv_cache", [None, GIB])
+def test_a_gpu_that_others_use(monkeypatch, kv_cache):
+    """vLLM refuses it too, once workers run, and with a KV cache given in bytes."""
+    monkeypatch.setattr(planning, "current_platform", CUDA)
+    with pytest.raises(
+        MoEPrefetchError, match=r"21\.60 GiB of 24\.00 GiB .* 12\.00 GiB are free"
+    ) as it:
+        planning._gpu_limit(asked(kv_cache=kv_cache), GpuMemory(24 * GIB, 12 * GIB))
+    assert "lower it to 0.5." in str(it.value)
+
+
+def on_gpus(monkeypatch, *memory, **platform):
+    """This machine has GPUs of these (free, total) bytes."""
+    accelerator = SimpleNamespace(
+        device_count=lambda: len(memory), get_memory_info=lambda device: memory[device]
+    )
+    monkeypatch.setattr(footprint.torch, "accelerator", accelerator)
+    monkeypatch.setattr(footprint, "current_platform", SimpleNamespace(**vars(CUDA) | platform))
+
+
+def of_ranks(ranks, backend="mp", ids=None):
+    return SimpleNamespace(
+        world_size=ranks,
+        nnodes=1,
+        distributed_executor_backend=backend,
+        assigned_physical_gpu_ids=ids,
+    )
+
+
+def test_the_smallest_gpu_counts(monkeypatch):
+    on_gpus(monkeypatch, (20, 24), (18, 24), (1, 24))
+    assert footprint._smallest_gpu(of_ranks(2)) == GpuMemory(total=24, free=18)
+    on_gpus(monkeypatch)
+    assert footprint._smallest_gpu(of_ranks(2)) is None
+
+
+def test_the_gpus_that_the_ranks_get(monkeypatch):
+    """`--device-ids` names them; Ray and torchrun place ranks on GPUs that nobody knows yet."""
+    given = []
+    monkeypatch.setattr(footprint, "set_assigned_physical_gpu_ids", given.extend)
+    on_gpus(
+        monkeypatch, (1, 24), (20, 24), logical_device_id_to_visible_device_id=lambda _: given[0]
+    )
+    assert footprint._smallest_gpu(of_ranks(1, ids=[1])).free == 20
+    on_gpus(monkeypatch, (1, 24), (20, 24))
+    for backend in ("ray", "external_launcher"):
+        assert footprint._smallest_gpu(of_ranks(2, backend)) == GpuMemory(24, 24)
+
+
+def test_an_integrated_gpu_is_refused(monkeypatch):
+    """Its memory is the host's: slots would be copies."""
+    on_gpus(monkeypatch, (20, 24), is_integrated_gpu=lambda _: True)
+    with pytest.raises(MoEPrefetchError, match=r"gains nothing on NVIDIA GB10.* Serve without"):
+        footprint._smallest_gpu(of_ranks(1))
+
+
+def test_a_rank_with_fewer_experts_than_the_top_k():
+    """Of expert parallelism: every expert has its slot, and a token needs a rank's share."""
+    layer = MoELayer(1, 2, (("w", 20 << 20),), share=1 / 8)
+    rank = Footprint((layer,), GIB, 0, 0, 0)
+    limits = dict(
+        gpu_limit="", kv_cache_bytes=None, host=None, host_reserve=0, ranks_per_host=8,
+        host_is_device=False, page=2 << 20, max_num_seqs=4, max_model_len=64, shortens=False,
+        rows_per_sequence=1,
+    )  # fmt: skip
+    planner = MemoryPlanner([rank], Limits(gpu_bytes=24 * GIB, **limits))
+    assert planner.largest() == planner.meant("1GiB") == planner.auto() == 1
+    assert planning.expectation(planner).endswith("0 at 1, 1 at 4, 1 at 16, 1 at 64 sequences")
+    assert planner.layers_with(1) == [(1, 0.25, 1, 20 << 20)]
+
+
+def test_the_process_is_started_as_vllm_starts_its_own(monkeypatch):
+    """Its rules know Ray, WSL2 and a CUDA that is initialised."""
+    spawn = multiprocessing.get_context("spawn")
+    monkeypatch.setattr(footprint, "get_mp_context", lambda: spawn)
+    monkeypatch.setattr(footprint, "current_platform", CUDA)
+    assert footprint._context(elsewhere=False) is spawn
+    assert footprint._context(elsewhere=True).get_start_method() == "fork"
+
+
+def test_a_spawned_process_measures_the_same(checkpoint, monkeypatch):
+    register()
+    vllm_config = EngineArgs(str(checkpoint), max_model_len=512).create_engine_config()
+    forked = footprint.measure(vllm_config)
+    assert forked.footprints[0].layers and forked.objection is forked.elsewhere is None
+    monkeypatch.setattr(footprint, "_context", lambda _: multiprocessing.get_context("spawn"))
+    assert footprint.measure(vllm_config) == forked
+
+
+def test_a_model_of_another_plugin_is_measured_in_a_spawned_process(checkpoint, monkeypatch):
+    """It has no plugins unless it loads them."""
+    called = []
+    monkeypatch.setattr(footprint, "load_general_plugins", lambda: called.append(1))
+    monkeypatch.setattr(footprint, "_measure", lambda *_: called)
+    sender = SimpleNamespace(send=lambda answer: answer)
+    footprint._measure_and_send(None, None, sender)
+    assert called == [1]
+
+
+def test_an_error_behind_many_others_is_one_line(checkpoint, monkeypatch):
+    """To format them all took minutes where tracing had recursed."""
+
+    def fail(**_):
+        error = ValueError("no\n such  layer " + 999 * "x")
+        error.__context__ = RecursionError("behind it")
+        raise error
+
+    def walk(*_):
+        raise AssertionError("the errors behind an error are walked")
+
+    monkeypatch.setattr(footprint, "initialize_model", fail)
+    monkeypatch.setattr("traceback.TracebackException.__init__", walk)
+    vllm_config = EngineArgs(str(checkpoint), max_model_len=512).create_engine_config()
+    with pytest.raises(CannotMeasure, match=r"ValueError: no such layer x{300,}\.\.\.$"):
+        footprint.measure(vllm_config)
+
+
+def test_wsl_is_refused_before_anything_starts(checkpoint, monkeypatch):
+    register()
+    platform = SimpleNamespace(**vars(CUDA) | {"is_cpu": lambda: True})
+    monkeypatch.setattr(planning, "current_platform", platform)
+    monkeypatch.setattr(planning, "pinning_objection", lambda: "the host can freeze")
+    options = {"max_model_len": 512, "additional_config": {"moe_gpu_prefetch": 8}}
+    with pytest.raises(MoEPrefetchError, match=r"--moe-gpu-prefetch 8: the host can freeze"):
+        EngineArgs(str(checkpoint), **options).create_engine_config()
+
+
+@pytest.mark.parametrize("slots", ["12", "12 Gib foo", "0GiB", "-3GiB", "GiB", 0, True, 1.5])
+def test_what_is_neither_a_number_nor_a_size(slots):
+    with pytest.raises(MoEPrefetchError, match=r"^--moe-gpu-prefetch "):
+        MoEPrefetchConfig.validated(slots, {})
+
+
+def test_slots_by_their_size(checkpoint, caplog_vllm):
+    """The engine takes the largest N that fits in so much, staging included, and says which."""
+    size = 2_500_000
+    llm = start(checkpoint, slots=f"{size}B")
+    layers = moe_layers(llm)
+    (slots,) = {layer.num_slots for layer in layers}
+    rows = [layer.slots.rows for layer in layers]
+    taken = sum(r.slot_bytes for r in rows) + rows[0].memory.staging
+    per_slot = sum(r.store.bytes_per_expert for r in rows) - rows[0].store.bytes_per_expert
+    assert taken <= size < taken + per_slot + 8 * 4096
+    assert f"{slots} of 32 expert slots per MoE layer ({size}B: the largest" in caplog_vllm.text
+    del llm, layers, rows
+    gc.collect()
+
+
+def test_a_size_that_holds_no_slot(checkpoint):
+    with pytest.raises(MoEPrefetchError, match=r"64KiB is too little: 4 slots .* Give at least"):
+        start(checkpoint, slots="64KiB")
