@@ -260,9 +260,9 @@ class _HostTables(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def hold(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` lies in host memory."""
+        """Whether `tensor` is one of them."""
         storages = {table.untyped_storage()._cdata for table in self._kept}
-        return tensor.device.type == "cpu" or tensor.untyped_storage()._cdata in storages
+        return tensor.untyped_storage()._cdata in storages
 
 
 def _experts(layer: RoutedExperts) -> dict[str, torch.nn.Parameter]:
