@@ -159,7 +159,11 @@ def test_decode_kernels_of_a_models_own_are_refused_by_name(checkpoint, monkeypa
     start(checkpoint, slots=32)
 
 
-def test_a_quantised_model_is_refused_by_its_kernel(checkpoint):
-    """On the CPU platform no kernel of quantised experts is shown to be exact."""
+def test_a_quantised_model_is_refused_by_its_kernel(checkpoint, monkeypatch):
+    """On the CPU platform no kernel of quantised experts is shown to be exact. Said before an
+    engine is made."""
+    from vllm.v1.engine.core import EngineCore
+
+    monkeypatch.setattr(EngineCore, "__init__", lambda *_, **__: pytest.fail("an engine is made"))
     with pytest.raises(MoEPrefetchError, match=r"its kernel \w+ is not known to run"):
         start(checkpoint, slots=8, quantization="fp8")

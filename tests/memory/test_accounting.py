@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from engine import moe_layers, start
+from torch import nn
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm.model_executor.layers.fused_moe.expert_slots import footprint
@@ -45,6 +46,7 @@ def asked(share=0.9, kv_cache=None, ranks=1):
     [
         ({}, None, 0.9 * 24),  # a share of the total, which the context is no part of
         ({}, GpuMemory(20 * GIB, 19 * GIB), 0.9 * 20),
+        ({}, GpuMemory(20 * GIB, None), 0.9 * 20),  # ranks may run on other GPUs
         ({"kv_cache": GIB}, None, 23.5),  # all but the context
         ({"kv_cache": GIB, "ranks": 2}, None, 22.5),  # and the buffers of communication
         ({"kv_cache": GIB}, GpuMemory(20 * GIB, 19 * GIB), 19),  # read with a context
@@ -59,14 +61,35 @@ def test_what_vllm_may_use(monkeypatch, options, gpu, limit):
 
 
 @pytest.mark.parametrize("kv_cache", [None, GIB])
-def test_a_gpu_that_others_use(monkeypatch, kv_cache):
-    """vLLM refuses it too, once workers run, and with a KV cache given in bytes."""
+@pytest.mark.parametrize(
+    ("share", "ranks", "gpu", "free", "lower"),
+    [
+        (0.9, 1, GpuMemory(24 * GIB, 12 * GIB), "12.00 GiB are free. Stop", "0.5."),
+        (0.95, 2, GpuMemory(24 * GIB, 23 * GIB), "22.00 GiB are free. Stop", "0.91."),
+        (1.0, 1, None, "23.50 GiB are free (an estimate: the total less", "0.97."),
+        (0.95, 2, None, "22.50 GiB are free (an estimate", "0.93."),
+    ],
+)
+def test_a_share_that_is_not_free(monkeypatch, kv_cache, share, ranks, gpu, free, lower):
+    """Others use the GPU, or CUDA itself: vLLM refuses it too, once workers run, and with a KV
+    cache given in bytes."""
     monkeypatch.setattr(planning, "current_platform", CUDA)
-    with pytest.raises(
-        MoEPrefetchError, match=r"21\.60 GiB of 24\.00 GiB .* 12\.00 GiB are free"
-    ) as it:
-        planning._gpu_limit(asked(kv_cache=kv_cache), GpuMemory(24 * GIB, 12 * GIB))
-    assert "lower it to 0.5." in str(it.value)
+    with pytest.raises(MoEPrefetchError, match=r"asks for .* of 24\.00 GiB") as refusal:
+        planning._gpu_limit(asked(share, kv_cache, ranks), gpu)
+    assert free in str(refusal.value) and str(refusal.value).endswith(f"lower it to {lower}")
+
+
+def test_a_type_that_the_gpu_lacks(monkeypatch, checkpoint):
+    """Known before a worker says it."""
+
+    def refuse(dtype):
+        raise ValueError("Bfloat16 is only supported on newer GPUs")
+
+    vllm_config = EngineArgs(str(checkpoint), max_model_len=512).create_engine_config()
+    platform = SimpleNamespace(**vars(CUDA), check_if_supports_dtype=refuse)
+    monkeypatch.setattr(planning, "current_platform", platform)
+    with pytest.raises(MoEPrefetchError, match=r"Bfloat16 is only supported"):
+        planning.planner_for(vllm_config, MoEPrefetchConfig.validated(8, {}))
 
 
 def on_gpus(monkeypatch, *memory, **platform):
@@ -104,7 +127,7 @@ def test_the_gpus_that_the_ranks_get(monkeypatch):
     assert footprint._smallest_gpu(of_ranks(1, ids=[1])).free == 20
     on_gpus(monkeypatch, (1, 24), (20, 24))
     for backend in ("ray", "external_launcher"):
-        assert footprint._smallest_gpu(of_ranks(2, backend)) == GpuMemory(24, 24)
+        assert footprint._smallest_gpu(of_ranks(2, backend)) == GpuMemory(24, None)
 
 
 def test_an_integrated_gpu_is_refused(monkeypatch):
@@ -177,7 +200,9 @@ def test_an_error_behind_many_others_is_one_line(checkpoint, monkeypatch):
 
 def test_wsl_is_refused_before_anything_starts(checkpoint, monkeypatch):
     register()
-    platform = SimpleNamespace(**vars(CUDA) | {"is_cpu": lambda: True})
+    platform = SimpleNamespace(
+        **vars(CUDA) | {"is_cpu": lambda: True, "check_if_supports_dtype": lambda _: None}
+    )
     monkeypatch.setattr(planning, "current_platform", platform)
     monkeypatch.setattr(planning, "pinning_objection", lambda: "the host can freeze")
     options = {"max_model_len": 512, "additional_config": {"moe_gpu_prefetch": 8}}
@@ -209,3 +234,19 @@ def test_slots_by_their_size(checkpoint, caplog_vllm):
 def test_a_size_that_holds_no_slot(checkpoint):
     with pytest.raises(MoEPrefetchError, match=r"64KiB is too little: 4 slots .* Give at least"):
         start(checkpoint, slots="64KiB")
+
+
+def test_a_router_class_is_traced_once(monkeypatch):
+    """A trace takes a second or two, and layers are alike."""
+    from vllm.model_executor.models.transformers.fusers import moe as fusers
+
+    traced = []
+    monkeypatch.setattr(fusers, "trace", lambda module: traced.append(module) or len(traced))
+    stock = fusers.trace
+    for backend, count in ((False, 4), (True, 2)):
+        traced.clear()
+        config = SimpleNamespace(using_transformers_backend=lambda of=backend: of)
+        with footprint._traced_once(config):
+            graphs = [fusers.trace(module) for module in (nn.Linear(1, 1), nn.ReLU()) for _ in "ab"]
+        assert len(traced) == count and fusers.trace is stock
+    assert graphs == [1, 1, 2, 2]

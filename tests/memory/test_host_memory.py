@@ -64,7 +64,9 @@ def test_memory_that_comes_back_is_waited_for(lines):
     assert machine.wait_for(60).available == 66 * GIB
     assert machine.now == 3.5
     (line,) = lines()
-    assert line.startswith("60.0 GiB of host memory are needed and 20.0 GiB are available")
+    assert line.startswith(
+        "60.0 GiB of host memory must be available, with what must stay free, and 20.0 GiB are"
+    )
     assert "up to 10 seconds" in line
 
 

@@ -257,6 +257,7 @@ def test_the_table_is_printed_from_a_config_alone(gemma):
         (["--enable-lora"], "cannot be combined with --enable-lora"),
         (["--data_parallel_size", "2"], "cannot be combined with --data-parallel-size"),
         (["--moe-gpu-prefetch-config.draft_slots", "2"], "draft_slots 2 was given without a draft"),
+        (["--link", "25Gb/s"], "'25Gb/s' is not a bandwidth like 25GB/s"),
         (["--tensor-parallel-size", "3"], "must be divisible by tensor parallel size (3)"),
     ],
 )

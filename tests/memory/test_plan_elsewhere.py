@@ -90,6 +90,8 @@ def answers(tmp_path_factory):
     (listed / "config.json").write_text("[1, 2]")
     file = place / "serve.yaml"
     file.write_text(f"model: {few}\nmax-model-len: 2048\nport: 8123\nmoe-gpu-prefetch: 12\n")
+    own = place / "own.yaml"
+    own.write_text(f"model: {few}\ngpu: H100\n")
     kv = ["--kv-cache-memory-bytes", "2147483648", "--max-model-len", "4096", "--json"]
     questions = {
         "whole": [qwen, "--json", *OPTIONS, "--slots", "16", "--link", "25GB/s"],
@@ -101,6 +103,16 @@ def answers(tmp_path_factory):
         "nothing": [configured(place, "mixtral", "Mixtral-8x7B"), "--slots", "auto"],
         "cache given": [few, "--slots", "16", *kv],
         "two ranks": [few, "--slots", "16", "--tensor_parallel_size", "2", *kv],
+        "resident": [
+            configured(place, "resident", quantization_config=QUANTISED["fp8"], **small),
+            *("--json", "--slots", "16,auto"),
+        ],
+        "all of it": [few, "--gpu-memory-utilization", "1.0"],
+        "slow link": [few, "--slots", "16,200", "--link", "1GB/s"],
+        "gone": [str(place / "gone")],
+        "no file": ["--config", str(place / "gone.yaml")],
+        "gpu in a file": ["--config", str(own)],
+        "no model": [],
         "listed": [str(listed)],
         "null": [configured(place, "null", num_experts=None)],
         "contradiction": [configured(place, "strict", layer_types=["full_attention"])],
@@ -148,6 +160,8 @@ def test_what_it_counts(answers):
     assert plan["gpu_bytes"] == sum(plan[part] for part in parts)
     parts = ("activation_bytes", "graph_bytes", "library_bytes")
     assert plan["overhead_bytes"] == sum(plan[part] for part in parts)
+    layer = 2048 * (8 * (3 * 768 + 2048) + 8 * 2048) * 2  # 2,048 tokens at a time
+    assert plan["activation_bytes"] == layer + 16 * 151936 * 20
     assert plan["gpu_bytes"] + plan["kv_cache_bytes"] == int(int(23.64 * GIB) * 0.92)
     assert plan["seconds_per_miss"] == expert / 25e9
     assert plan["bytes_per_token"] == pytest.approx(48 * 8 * (1 - 16 / 128) * expert)
@@ -179,6 +193,24 @@ def test_the_transformers_backend_is_answered(answers):
     assert json.loads(answers["dots"].out)[0]["experts"] == 128
 
 
+def test_a_slot_for_every_expert_is_stocks_way(answers):
+    """Of a quantised model that fits as it is, with fewer slots refused."""
+    plan = plan_of(answers["resident"])
+    assert plan["slots"] == plan["experts"] == 128 and plan["asked"] == ["auto"]
+    answer = answers["gpt_oss_mxfp4"]
+    assert answer.status == 0 and answer.out.count(" yes ") == 1, answer.err
+    assert "Fewer slots: --moe-gpu-prefetch cannot serve" in answer.out
+    assert "its experts are quantised (gpt_oss_mxfp4)" in " ".join(answer.out.split())
+
+
+def test_a_slow_link_is_warned_of(answers):
+    """A row is labelled by what it was asked for by; the column has its unit."""
+    out = " ".join(answers["slow link"].out.split())
+    assert "tokens/s ┃" in out and "│ 128 200 │" in out
+    assert "Host-to-device: 1.00 GB/s given; an expert of 9.44 MB takes 9.44 ms." in out
+    assert "Host-to-device bandwidth is 1.00 GB/s; PCIe 3.0 x16 gives about 12 GB/s" in out
+
+
 def test_nothing_fits(answers):
     answer = answers["nothing"]
     assert answer.status == 1 and "No N fits." in answer.out
@@ -197,9 +229,14 @@ def test_a_given_kv_cache_leaves_out_the_context(answers):
         *(
             (name, rf"its experts are quantised \({name}\), and slots on a GPU")
             for name in QUANTISED
+            if name != "gpt_oss_mxfp4"  # it fits as it is
         ),
-        ("listed", ""),
-        ("null", ""),
+        ("listed", "its config.json is not a JSON object"),
+        ("null", "num_experts"),
+        ("gone", "no such directory"),
+        ("no file", "gone.yaml"),
+        ("no model", "name a model"),
+        ("all of it", r"23\.14 GiB are free \(an estimate"),
         ("contradiction", "num_hidden_layers"),
         (
             "top-k 0",

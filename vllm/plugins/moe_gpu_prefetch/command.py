@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -22,7 +23,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.footprint import in_words
+from vllm.model_executor.layers.fused_moe.expert_slots.footprint import CannotMeasure, in_words
 from vllm.model_executor.layers.fused_moe.expert_slots.link import LinkCost, bandwidth, link_cost
 from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import MemoryPlanner, Plan
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import remove, stores
@@ -35,12 +36,16 @@ from vllm.plugins.moe_gpu_prefetch.gpu_elsewhere import GPUS, UNNAMED, Gpu, gpu_
 from vllm.plugins.moe_gpu_prefetch.planning import expectation, planner_for
 
 _SHOWN = {
+    "--config",
     "--dtype",
+    "--enforce-eager",
     "--gpu-memory-utilization",
     "--kv-cache-memory-bytes",
     "--max-model-len",
     "--max-num-batched-tokens",
     "--max-num-seqs",
+    "--moe-gpu-prefetch",
+    "--moe-gpu-prefetch-config",
     "--pipeline-parallel-size",
     "--quantization",
     "--tensor-parallel-size",
@@ -101,7 +106,8 @@ def parser() -> argparse.ArgumentParser:
         "--gpu-memory",
         type=_size,
         metavar="SIZE",
-        help="the same of a GPU of which only the memory is known, say 24GiB",
+        help="the same of a GPU of which only the memory is known, as CUDA reports it: less than "
+        "is published, 23.6GiB for an RTX 4090",
     )
     plan.add_argument(
         "--link",
@@ -114,7 +120,8 @@ def parser() -> argparse.ArgumentParser:
     add_serve_options(plan)
     for action in plan._actions:
         if action.dest == "model_tag":
-            action.metavar, action.help = "MODEL", "directory with a config.json"
+            action.metavar = "MODEL"
+            action.help = "directory with a config.json, or a Hugging Face id"
         elif action not in own and not _SHOWN.intersection(action.option_strings):
             action.help = argparse.SUPPRESS
     plan._action_groups = [
@@ -175,8 +182,10 @@ def _vllm_config(arguments: argparse.Namespace) -> tuple[VllmConfig, MoEPrefetch
 
 def _plan(arguments: argparse.Namespace) -> int:
     """Prints the table; status 1 where nothing of it fits."""
+    _check_directory(arguments.model)
     elsewhere = arguments.gpu is not None or arguments.gpu_memory is not None
-    assert elsewhere == (gpu_elsewhere.pretended is not None), "the entry point is console.main"
+    if elsewhere != (gpu_elsewhere.pretended is not None):
+        raise MoEPrefetchError("give --gpu and --gpu-memory on the command line, not in a file.")
     if elsewhere:
         gpu = arguments.gpu or Gpu(f"{gib(arguments.gpu_memory)} GPU", UNNAMED, 0)
         gpu_elsewhere.pretended = replace(gpu, memory=arguments.gpu_memory or gpu.memory)
@@ -184,7 +193,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     planner = planner_for(vllm_config, config)
     if planner is None:
         raise MoEPrefetchError("no MoE layers, so no expert slots to plan.")
-    if planner.objection:
+    if planner.objection and not planner.plan(planner.num_experts).fits:
         raise MoEPrefetchError(planner.objection)
     auto = _auto(planner)
     asked: list[int | str] | None = arguments.slots
@@ -192,31 +201,65 @@ def _plan(arguments: argparse.Namespace) -> int:
         asked = [config.slots]
     if asked is None:
         eighths = {planner.num_experts * part // 8 for part in range(1, 9)}
-        asked = [planner.top_k, *eighths, *filter(None, (auto, planner.largest()))]
-    if auto is None:  # nothing fits: the least says what is missing
-        asked = [planner.smallest if count == "auto" else count for count in asked]
-    counts = {planner.meant(count) for count in asked}
-    plans = {plan.slots: plan for plan in map(planner.plan, sorted(counts))}
-    costs = None
+        asked = ["auto", planner.top_k, *eighths, *filter(None, [planner.largest()])]
+    rows: dict[int, _Row] = {}
+    for count in asked:
+        # Where nothing fits, the least says what is missing.
+        least = count == "auto" and auto is None
+        plan = planner.plan(planner.smallest if least else planner.meant(count))
+        row = rows.setdefault(plan.slots, _Row(plan))
+        if str(count) != str(plan.slots):
+            row.asked.append(str(count))
+    if planner.objection:  # with a slot for every expert, layers are stock's
+        rows = {slots: row for slots, row in rows.items() if slots == planner.num_experts}
+        if not rows:
+            raise MoEPrefetchError(planner.objection)
     if arguments.link is not None:
-        costs = {slots: link_cost(arguments.link, planner.layers_with(slots)) for slots in plans}
+        for row in rows.values():
+            row.cost = link_cost(arguments.link, planner.layers_with(row.plan.slots))
+    shown = [row for _, row in sorted(rows.items())]
     if arguments.json:
-        print(json.dumps([_as_dict(plan, costs) for plan in plans.values()], indent=2))
+        print(json.dumps([row.as_dict() for row in shown], indent=2))
     else:
-        _print(planner, list(plans.values()), auto, costs)
-    return 0 if any(plan.fits for plan in plans.values()) else 1
+        _print(planner, shown)
+    return 0 if any(row.plan.fits for row in shown) else 1
 
 
-def _as_dict(plan: Plan, costs: dict[int, LinkCost] | None) -> dict[str, object]:
-    if costs is None:
-        return plan.as_dict()
-    cost = costs[plan.slots]
-    most = cost.tokens_per_second if cost.bytes_per_token else None
-    return plan.as_dict() | {
-        "seconds_per_miss": cost.seconds_per_miss,
-        "bytes_per_token": cost.bytes_per_token,
-        "link_tokens_per_second": most,
-    }
+def _check_directory(model: str) -> None:
+    """Raises:
+    MoEPrefetchError: it is a directory that is not there, or whose config.json is none.
+    """
+    directory = Path(model)
+    if directory.is_absolute() and not directory.is_dir():
+        raise MoEPrefetchError("no such directory.")
+    config = directory / "config.json"
+    if config.is_file() and not isinstance(json.loads(config.read_text()), dict):
+        raise MoEPrefetchError("its config.json is not a JSON object.")
+
+
+@dataclass
+class _Row:
+    """A row of the answer.
+
+    Attributes:
+        asked: what it was asked for by, where that was not its number of slots.
+        cost: what its misses cost, if a link was given.
+    """
+
+    plan: Plan
+    asked: list[str] = field(default_factory=list)
+    cost: LinkCost | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        answer = {**self.plan.as_dict(), "asked": self.asked}
+        if self.cost is not None:
+            most = self.cost.tokens_per_second if self.cost.bytes_per_token else None
+            answer |= {
+                "seconds_per_miss": self.cost.seconds_per_miss,
+                "bytes_per_token": self.cost.bytes_per_token,
+                "link_tokens_per_second": most,
+            }
+        return answer
 
 
 def _stores(arguments: argparse.Namespace) -> int:
@@ -241,26 +284,26 @@ def _auto(planner: MemoryPlanner) -> int | None:
         return None
 
 
-def _print(
-    planner: MemoryPlanner,
-    plans: Sequence[Plan],
-    auto: int | None,
-    costs: dict[int, LinkCost] | None,
-) -> None:
-    limits = planner.limits
+def _print(planner: MemoryPlanner, rows: Sequence[_Row]) -> None:
+    limits, linked = planner.limits, rows[0].cost is not None
+    console = Console(highlight=False)
+    console.width = max(console.width, 90)
+    if limits.host_is_device:
+        console.print(ON_THE_CPU)
     table = Table(
         title=f"{planner.num_layers} MoE layers of {planner.num_experts} experts, "
         f"top-{planner.top_k}, {planner.bytes_per_expert:,} bytes each. GiB:",
         title_justify="left",
     )
-    for column in ("slots", "fits", "GPU", "staging", "KV cache", "longest", "resident", "host"):
+    device = "memory" if limits.host_is_device else "GPU"
+    columns = ("slots", "fits", device, "staging", "KV cache", "longest", "resident", "host")
+    for column in (*columns, "tokens/s") if linked else columns:
         table.add_column(column, justify="right")
-    if costs is not None:
-        table.add_column("link", justify="right")
-    for plan in plans:
-        most = [] if costs is None else [f"{costs[plan.slots].tokens_per_second:,.1f}"]
-        table.add_row(
-            str(plan.slots) + (" auto" if plan.slots == auto else ""),
+    for row in rows:
+        plan = row.plan
+        most = "" if row.cost is None else f"{row.cost.tokens_per_second:,.1f}"
+        cells = [
+            " ".join([str(plan.slots), *row.asked]),
             "yes" if plan.fits else "no",
             *(
                 f"{size / GIB:,.2f}"
@@ -269,13 +312,12 @@ def _print(
             f"{plan.kv_sequences:,.1f}",
             str(plan.resident_sequences),
             f"{plan.host_bytes / GIB:,.2f}",
-            *most,
-        )
-    console = Console(highlight=False)
+        ]
+        table.add_row(*cells, *([most] if linked else []))
     console.print(table)
-    first = plans[0]
+    first = rows[0].plan
     console.print(
-        f"GPU: slots, staging (rows that all layers share for experts without a slot), "
+        f"{device}: slots, staging (rows that all layers share for experts without a slot), "
         f"{gib(first.other_weight_bytes)} of other weights, and about "
         f"{gib(first.overhead_bytes)} of intermediates ({gib(first.activation_bytes)}), CUDA "
         f"graphs ({gib(first.graph_bytes)}) and libraries ({gib(first.library_bytes)}), which are "
@@ -285,18 +327,25 @@ def _print(
         "resident: sequences that decode together without outgrowing the slots, if routing is "
         f"uniform. {expectation(planner)}."
     )
-    if costs is not None:
-        shown = next((plan for plan in plans if plan.slots == auto), plans[-1])
-        cost = costs[shown.slots]
+    about = next((row for row in rows if "auto" in row.asked), rows[0])
+    if about.cost is not None:
         console.print(
-            "link: the most tokens a second of one sequence that its loads allow, if routing is "
-            f"uniform. At {shown.slots} slots: {cost.sentence('given')} {cost.warning() or ''}"
+            "tokens/s: the most of one sequence that its loads over the link allow, if routing is "
+            f"uniform. At {about.plan.slots} slots: {about.cost.sentence('given')} "
+            f"{about.cost.warning() or ''}"
         )
-    refused = next((plan for plan in plans if not plan.fits), None)
+    refused = next((row.plan for row in rows if not row.plan.fits), None)
     if refused is not None:
         largest = planner.largest()
         answer = "No N fits." if largest is None else f"The largest N that fits: {largest}."
         console.print(f"{answer} {refused.slots} {refused.reason}.")
+    if planner.objection:
+        console.print(f"Fewer slots: {planner.objection}")
+
+
+ON_THE_CPU = (
+    "This machine has no GPU: answered for its CPU. --gpu 4090 asks about a GPU that is elsewhere."
+)
 
 
 def main() -> None:
@@ -305,21 +354,26 @@ def main() -> None:
     logged = _LastError()
     logging.getLogger().addHandler(logged)
     register()
-    if reason := objection():
-        print(f"vllm-moe-prefetch: error: {reason}", file=sys.stderr)
-        raise SystemExit(2)
-    given = sys.argv[1:]
-    arguments = parser().parse_args(["serve", *given[1:]] if given[:1] == ["plan"] else given)
-    if arguments.about == "model":
-        arguments.model = arguments.model_tag or arguments.model
-    about = getattr(arguments, arguments.about)
+    given, about = sys.argv[1:], ""
     try:
-        if about is None:
-            raise MoEPrefetchError("name a model, by its directory or its Hugging Face id")
+        if reason := objection():
+            raise MoEPrefetchError(reason)
+        arguments = parser().parse_args(["serve", *given[1:]] if given[:1] == ["plan"] else given)
+        if arguments.about == "model":
+            arguments.model = arguments.model_tag or arguments.model
+            if arguments.model is None:
+                raise MoEPrefetchError("name a model, by its directory or its Hugging Face id")
+        about = f"{getattr(arguments, arguments.about)}: "
         status = arguments.run(arguments)
     except Exception as error:  # of a configuration that vLLM or transformers rejects, too
-        words: object = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        cause = f" ({in_words(logged.reason)})" if logged.reason else ""
-        print(f"vllm-moe-prefetch: error: {about}: {in_words(words)}{cause}", file=sys.stderr)
+        words = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        words = in_words(words)
+        if logged.reason and logged.reason[:40] not in words:
+            words += f" ({in_words(logged.reason)})"
+        if "No module named" in words:
+            words += " Install it, or ask where vLLM serves this model."
+        if isinstance(error, CannotMeasure) and current_platform.is_cpu():
+            words += f" {ON_THE_CPU}"
+        print(f"vllm-moe-prefetch: error: {about}{words}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(status)

@@ -3,6 +3,7 @@
 whose modules ask for the platform as they are."""
 
 import argparse
+import logging
 import os
 import sys
 
@@ -11,6 +12,7 @@ from vllm.plugins.moe_gpu_prefetch.gpu_elsewhere import UNNAMED, Gpu, gpu_called
 
 def main() -> None:
     """Standard output carries the answer alone."""
+    logging.disable(logging.WARNING)
     os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # `command` shows what counts
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--gpu")

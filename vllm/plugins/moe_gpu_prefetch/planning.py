@@ -59,6 +59,11 @@ def planner_for(vllm_config: VllmConfig, config: MoEPrefetchConfig) -> MemoryPla
         CannotMeasure: the model cannot be built from its configuration.
         MoEPrefetchError: expert slots do not run on this platform, on its GPUs, or for this model.
     """
+    if current_platform.is_cuda():
+        try:
+            current_platform.check_if_supports_dtype(vllm_config.model_config.dtype)
+        except ValueError as error:  # as the worker does, later
+            raise MoEPrefetchError(str(error)) from None
     elsewhere = gpu_elsewhere.answer_while_building if gpu_elsewhere.pretended else None
     measurement = measure(vllm_config, elsewhere)
     if measurement.elsewhere:
@@ -67,9 +72,9 @@ def planner_for(vllm_config: VllmConfig, config: MoEPrefetchConfig) -> MemoryPla
         return None
     limits = limits_of(vllm_config, config, measurement.gpu)
     planner = MemoryPlanner(measurement.footprints, limits, measurement.objection)
-    if limits.host is not None:
-        host = available_after_waiting(planner.host_need(planner.top_k), host_memory)
-        planner.limits = replace(limits, host=host)
+    need = planner.host_need(planner.top_k)
+    if limits.host is not None and need <= limits.host.total:
+        planner.limits = replace(limits, host=available_after_waiting(need, host_memory))
     return planner
 
 
@@ -104,8 +109,8 @@ def limits_of(vllm_config: VllmConfig, config: MoEPrefetchConfig, gpu: GpuMemory
 def _gpu_limit(vllm_config: VllmConfig, gpu: GpuMemory | None) -> tuple[int, str]:
     """Bytes that vLLM may use of each GPU, and the same in words.
 
-    As vLLM counts: a share of the GPU's total, which the context is no part of; or with a KV cache
-    given in bytes, all that is free once a process has its context, and its buffers for several.
+    As vLLM counts: a share of the GPU's total, which must be free once a process has its context,
+    and its buffers for several GPUs; or with a KV cache given in bytes, all that is free then.
 
     Raises:
         MoEPrefetchError: less is free than the share, which vLLM refuses too, later and in both
@@ -115,22 +120,22 @@ def _gpu_limit(vllm_config: VllmConfig, gpu: GpuMemory | None) -> tuple[int, str
     total = current_platform.get_device_total_memory() if gpu is None else gpu.total
     share = cache.gpu_memory_utilization
     limit = int(total * share)
-    if gpu is not None and gpu.free < limit:
+    in_words = f"{gib(limit)} (--gpu-memory-utilization {share:g} of {gib(total)})"
+    if current_platform.is_cpu():
+        return (limit, in_words) if cache.kv_cache_memory_bytes is None else (total, gib(total))
+    free, origin = total - CONTEXT_BYTES, " (an estimate: the total less what CUDA takes)"
+    if gpu is not None and gpu.free is not None:
+        free, origin = gpu.free, ""
+    free -= COMMUNICATION_BYTES if parallel.world_size > 1 else 0
+    if free < limit:
         raise MoEPrefetchError(
             f"--gpu-memory-utilization {share:g} asks for {gib(limit)} of {gib(total)} on the GPU, "
-            f"and {gib(gpu.free)} are free. Stop what else uses the GPU, or lower it to "
-            f"{math.floor(100 * gpu.free / total) / 100:g}."
+            f"and {gib(free)} are free{origin}. Stop what else uses the GPU, or lower it to "
+            f"{math.floor(100 * free / total) / 100:g}."
         )
     if cache.kv_cache_memory_bytes is None:
-        return limit, f"{gib(limit)} (--gpu-memory-utilization {share:g} of {gib(total)})"
-    if current_platform.is_cpu():
-        return total, gib(total)
-    buffers = COMMUNICATION_BYTES if parallel.world_size > 1 else 0
-    if gpu is not None:
-        limit = gpu.free - buffers
-        return limit, f"{gib(limit)} ({gib(gpu.free)} free of {gib(total)})"
-    limit = total - CONTEXT_BYTES - buffers
-    return limit, f"{gib(limit)} ({gib(total)} less what CUDA takes, an estimate)"
+        return limit, in_words
+    return free, f"{gib(free)} that are free of {gib(total)}{origin}"
 
 
 def _stores_present(vllm_config: VllmConfig, config: MoEPrefetchConfig) -> bool:

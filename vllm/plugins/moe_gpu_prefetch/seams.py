@@ -331,6 +331,13 @@ SEAMS = (
         ("device_id",),
     ),
     Seam(
+        "vllm.platforms.interface:Platform.check_if_supports_dtype",
+        "relied on",
+        "asked before a worker asks",
+        "",
+        ("dtype",),
+    ),
+    Seam(
         "vllm.plugins:load_general_plugins",
         "relied on",
         "called in that process: models may be another plugin's",

@@ -132,7 +132,8 @@ def current_backend() -> Backend:
         from vllm.model_executor.layers.fused_moe.expert_slots.cpu.backend import CPUBackend
 
         return CPUBackend()
+    here = getattr(current_platform, "device_name", "this platform")
     raise MoEPrefetchError(
-        f"--moe-gpu-prefetch: expert slots run on CUDA and on the CPU, not on "
-        f"{current_platform.device_name}. Serve without --moe-gpu-prefetch."
+        f"--moe-gpu-prefetch: expert slots run on CUDA and on the CPU, not on {here}. Serve "
+        "without --moe-gpu-prefetch."
     )

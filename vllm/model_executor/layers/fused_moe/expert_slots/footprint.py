@@ -62,10 +62,10 @@ class CannotMeasure(MoEPrefetchError):
 @dataclass(frozen=True)
 class GpuMemory:
     """Bytes of the smallest of this machine's GPUs, as `cudaMemGetInfo` gives them to a process
-    that has a context there."""
+    that has a context there. `free` is None where ranks may run on others."""
 
     total: int
-    free: int
+    free: int | None
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,8 @@ def _smallest_gpu(parallel: ParallelConfig) -> GpuMemory | None:
                 "without --moe-gpu-prefetch."
             )
         free, total = torch.accelerator.get_memory_info(device)
-        seen.append(GpuMemory(total, total if placed_by_others else free))
-    return min(seen, key=lambda gpu: gpu.free, default=None)
+        seen.append(GpuMemory(total, None if placed_by_others else free))
+    return min(seen, key=lambda gpu: gpu.free or gpu.total, default=None)
 
 
 def _measure_stage(

@@ -85,7 +85,8 @@ def available_after_waiting(
         if not said and memory.available < needed:
             said = True
             logger.info(
-                "%.1f GiB of host memory are needed and %.1f GiB are available, more each moment: "
+                "%.1f GiB of host memory must be available, with what must stay free, and %.1f GiB "
+                "are, more each moment: "
                 "another process is giving memory back. Waiting up to %.0f seconds for it.",
                 needed / _GIB,
                 memory.available / _GIB,

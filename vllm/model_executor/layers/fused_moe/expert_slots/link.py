@@ -54,6 +54,8 @@ _ENOUGH, _PATIENCE_S = 256 << 20, 0.25
 def bandwidth(text: str) -> int:
     """Reads `25GB/s` or `25 GiB/s`, as a type for argparse. Returns bytes a second."""
     try:
+        if re.search("[KMGT]b", text):
+            raise ValueError("bits or bytes")
         return size_in_bytes(re.sub(r"/\s*s\s*$", "", text, flags=re.IGNORECASE))
     except ValueError:
         raise argparse.ArgumentTypeError(
