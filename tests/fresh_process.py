@@ -70,10 +70,12 @@ def ask(model: str, **arguments: Any) -> Any:
 def touched(act: Any) -> list[str]:
     """The seams of which `act` replaced something, and the layer classes it registered."""
     from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.platforms import current_platform
 
     from vllm.plugins.moe_gpu_prefetch import seams
 
-    here = [seam.target for seam in seams.SEAMS if seam.applies_to(INSTALLED)]
+    table = [seam for seam in seams.SEAMS if seam.applies_to(INSTALLED)]
+    here = [seam.target for seam in table if not seam.on_cuda or current_platform.is_cuda()]
     before = {target: seams.resolve(target) for target in here}
     act()
     changed = [target for target, value in before.items() if seams.resolve(target) != value]

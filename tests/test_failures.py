@@ -204,11 +204,12 @@ def test_further_api_servers_tell_the_process_that_started_them(checkpoint, dire
 
     from vllm.plugins.moe_gpu_prefetch import planning, register
 
-    def refuse(vllm_config):
+    def refuse(config, vllm_config):
         raise MoEPrefetchError("too large")
 
     register()
-    monkeypatch.setattr(planning, "settle", refuse)
+    monkeypatch.setattr(arguments, "refuse_draft_slots", refuse)
+    monkeypatch.setattr(planning, "settle", lambda _: pytest.fail("planned"))
     monkeypatch.setattr(arguments, "open_counters_directory", lambda: pytest.fail("opened"))
     further = EngineArgs(str(checkpoint), additional_config={"moe_gpu_prefetch": 8})
     further._api_process_count, further._api_process_rank = 2, 1

@@ -283,7 +283,7 @@ def wait_until(condition):
 def test_a_keeper_writes_while_the_engine_runs_and_at_the_end(file, monkeypatch):
     """What a killed process leaves is a few steps old; nothing is written where nothing was done,
     so that an engine that served no request leaves the file as it found it."""
-    monkeypatch.setattr(warm_start, "INTERVAL_S", 0.05)
+    monkeypatch.setattr(warm_start, "IDLE_S", 0.05)
     manager = make_manager(EXPERTS, 4, "lru")
     keeper = ResidentsKeeper(file, {"a": manager})
     time.sleep(0.2)
@@ -294,7 +294,7 @@ def test_a_keeper_writes_while_the_engine_runs_and_at_the_end(file, monkeypatch)
     manager.step(torch.tensor([[10]]))
     wait_until(lambda: file.path.stat().st_ino != seen)
     assert begun(file).ranking().experts[0] == 10
-    monkeypatch.setattr(warm_start, "INTERVAL_S", 1000)
+    monkeypatch.setattr(warm_start, "IDLE_S", 1000)
     time.sleep(0.2)
     manager.step(torch.tensor([[11]]))
     keeper.close()
@@ -303,6 +303,22 @@ def test_a_keeper_writes_while_the_engine_runs_and_at_the_end(file, monkeypatch)
     keeper.close()
     assert file.path.stat().st_ino == seen and len(list(file.path.parent.iterdir())) == 1
     assert not keeper._thread.is_alive()
+
+
+def test_a_keeper_writes_under_load(file, monkeypatch):
+    """Steps follow each other, so that it is never idle: it writes when the interval is over."""
+    monkeypatch.setattr(warm_start, "IDLE_S", 0.1)
+    monkeypatch.setattr(warm_start, "INTERVAL_S", 0.5)
+    manager = make_manager(EXPERTS, 4, "lru")
+    keeper, begin = ResidentsKeeper(file, {"a": manager}), time.monotonic()
+
+    def step_and_look():
+        manager.step(torch.tensor([[6, 8]]))
+        return file.path.exists()
+
+    wait_until(step_and_look)
+    assert time.monotonic() - begin >= 0.5
+    keeper.close()
 
 
 def test_a_reading_within_a_step_is_dropped(file):
@@ -369,7 +385,7 @@ def test_two_starts(checkpoint, tmp_path):
 
 
 def test_a_server_that_is_terminated_leaves_its_residents(checkpoint, tmp_path):
-    """SIGTERM ends its workers, a process each, the usual way."""
+    """vLLM kills engine and workers then, at once: what is idle has written before."""
     place = tmp_path / "residents"
     options = ["--max-model-len", "512", "--enforce-eager", "--max-num-batched-tokens", "256"]
     options += ["--moe-gpu-prefetch", "8", "--moe-gpu-prefetch-config.warm_start", str(place)]
@@ -377,7 +393,7 @@ def test_a_server_that_is_terminated_leaves_its_residents(checkpoint, tmp_path):
     with serving(checkpoint, tmp_path / "log", *options, VLLM_CPU_OMP_THREADS_BIND="0|1") as server:
         completions = server.client().completions
         completions.create(model="sample", prompt="Licensor", max_tokens=8, temperature=0)
-        assert list(place.iterdir()) == []
+        wait_until(lambda: len(list(place.glob("*.json"))) == 2)
         stop(server)
     ranks = [json.loads(path.read_text()) for path in place.iterdir()]
     assert sorted(rank["identity"]["models"][0]["rank"] for rank in ranks) == [0, 1]

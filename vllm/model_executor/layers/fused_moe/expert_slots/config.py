@@ -64,9 +64,9 @@ class MoEPrefetchConfig:
     every server has its own copy."""
 
     warm_start: Annotated[str, Field(min_length=1), AfterValidator(_usable_as_path)] | None = None
-    """A directory where the resident experts of every layer are written, every five minutes and
-    when the engine ends. The next start of the same model fills its slots with them. Not given:
-    slots start with experts 0 ... N-1."""
+    """A directory where the resident experts of every layer are written: when the engine is idle,
+    every five minutes under load, and at its end. The next start of the same model fills its slots
+    with them. Not given: slots start with experts 0 ... N-1."""
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> "MoEPrefetchConfig | None":

@@ -12,6 +12,7 @@ model or of another user is ignored with one line.
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -35,8 +36,8 @@ logger = init_logger(__name__)
 WARM_START = "warm_start"
 """The option of `MoEPrefetchConfig`."""
 
-INTERVAL_S = 300.0
-"""Seconds between two writes of a worker that does not end."""
+INTERVAL_S, IDLE_S = 300.0, 5.0
+"""Seconds between two writes of a worker under load, and after which one without load writes."""
 
 _PATIENCE_S = 10.0
 """Seconds that the end waits for a write that has begun: the disk or the GPU may hang."""
@@ -190,9 +191,13 @@ class _Unusable(Exception):
 
 
 class ResidentsKeeper:
-    """Writes the residents of a worker's layers to their file, every `INTERVAL_S` and at the end.
+    """Writes the residents of a worker's layers to their file: every `INTERVAL_S` under load, once
+    no step was made for `IDLE_S`, and at the end.
 
-    A thread keeps the interval, because a worker calls nothing while it is idle: under load it goes
+    The end may not come in order: `vllm serve` kills its engine at SIGTERM, unless
+    `--shutdown-timeout` gives it time. A server that was idle before has written by then.
+
+    A thread keeps the intervals, because a worker calls nothing when it is idle: under load it goes
     from step to step, without load it waits for a message. The thread adds nothing to a step. It
     copies each layer's tables as they are, on a GPU over a stream of its own, without waiting for
     the engine's. If a step changed the tables meanwhile and they do not fit each other, the last
@@ -209,12 +214,19 @@ class ResidentsKeeper:
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._closed.wait(INTERVAL_S):
-            self.write()
+        seen, due = self._steps, time.monotonic() + INTERVAL_S
+        while not self._closed.wait(IDLE_S):
+            before, seen = seen, self._count()
+            if seen == before or time.monotonic() >= due:
+                self.write()
+                due = time.monotonic() + INTERVAL_S
+
+    def _count(self) -> int:
+        return sum(manager.counters.steps for manager in self._managers.values())
 
     def write(self) -> None:
         """Writes what is resident, unless no layer made a step since it was written or filled."""
-        steps = sum(manager.counters.steps for manager in self._managers.values())
+        steps = self._count()
         if steps == self._steps:
             return
         try:
