@@ -123,6 +123,11 @@ def make_checkpoint(
     return write(directory, Qwen3MoeForCausalLM, config)
 
 
+def make_narrow(directory: Path) -> Path:
+    """A Qwen3-MoE whose experts' width stock pads on the CPU."""
+    return make_checkpoint(directory, expert_width=40)
+
+
 def make_large(directory: Path) -> Path:
     """A Qwen3-MoE of 2.5 GiB of experts in one file: 12 layers of 64 experts top-2.
 

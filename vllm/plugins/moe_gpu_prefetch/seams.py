@@ -163,6 +163,13 @@ SEAMS = (
         "extended, with its subclasses: plans, loads, and runs on row numbers",
     ),
     Seam(
+        f"{_MOE}.experts.cpu_moe:CPUUnquantizedExperts._padded_intermediate_size",
+        "relied on",
+        "the width that an expert gets as it is processed",
+        "",
+        ("moe_config",),
+    ),
+    Seam(
         f"{_MOE}.experts.cpu_moe:CPUUnquantizedExperts.apply",
         "relied on",
         "the one call of the CPU platform's kernel",

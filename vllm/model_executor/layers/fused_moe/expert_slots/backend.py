@@ -103,6 +103,10 @@ class Backend(ABC):
     def objection(self, layer: Any) -> str | None:
         """Why a layer that stock has built cannot have slots, or None."""
 
+    def processed_width(self, layer: Any) -> int:
+        """The width of an expert once stock has processed its weights, which may pad it."""
+        return int(layer.moe_config.intermediate_size_per_partition)
+
     @abstractmethod
     def slotted(self, experts_cls: type) -> type:
         """One of stock's experts classes, over slots."""

@@ -220,7 +220,7 @@ def _measure_stage(
         others = [t for i, t in tensors.items() if i not in experts]
         kv_sequence, kv_block = _kv_cache_bytes(vllm_config)
         footprint = Footprint(
-            layers=tuple(_moe_layer(layer) for layer in layers),
+            layers=tuple(_moe_layer(layer, backend) for layer in layers),
             other_weight_bytes=sum(t.nbytes for t in others if not tables.hold(t)),
             kv_sequence_bytes=kv_sequence,
             kv_block_bytes=kv_block,
@@ -269,10 +269,16 @@ def _experts(layer: RoutedExperts) -> dict[str, torch.nn.Parameter]:
     return per_expert_parameters(layer, layer.local_num_experts)
 
 
-def _moe_layer(layer: RoutedExperts) -> MoELayer:
+def _moe_layer(layer: RoutedExperts, backend: Backend) -> MoELayer:
     if reason := top_k_objection(layer.moe_config):
         raise cannot_serve(layer.layer_name, layer, reason)
-    rows = tuple((name, p[0].nbytes) for name, p in _experts(layer).items())
+    width, padded = layer.moe_config.intermediate_size_per_partition, backend.processed_width(layer)
+
+    def row_bytes(name: str, parameter: torch.nn.Parameter) -> int:
+        along_width = name != "w2_bias"
+        return parameter[0].nbytes * padded // width if along_width else parameter[0].nbytes
+
+    rows = tuple((name, row_bytes(name, p)) for name, p in _experts(layer).items())
     share = layer.local_num_experts / layer.global_num_experts
     return MoELayer(layer.local_num_experts, layer.top_k, rows, share)
 

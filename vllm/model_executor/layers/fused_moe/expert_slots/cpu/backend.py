@@ -32,6 +32,11 @@ class CPUBackend(Backend):
             return None
         return f"its kernel {name} is not known to run on remapped expert ids"
 
+    def processed_width(self, layer: Any) -> int:
+        experts_cls = getattr(layer.quant_method, "experts_cls", None)
+        padded = getattr(experts_cls, "_padded_intermediate_size", None)
+        return super().processed_width(layer) if padded is None else int(padded(layer.moe_config))
+
     def slotted(self, experts_cls: type) -> type:
         return slotted_cpu_experts(experts_cls)
 
