@@ -17,7 +17,6 @@ from transformers import (
     AriaTextConfig,
     DbrxConfig,
     DbrxForCausalLM,
-    Gemma4TextConfig,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     GptOssConfig,
@@ -293,34 +292,6 @@ def make_aria(directory: Path) -> Path:
     write(directory, AriaForConditionalGeneration, config)
     processor = AriaProcessor(AriaImageProcessorPil(), tokenizer, size_conversion={490: 8, 980: 8})
     processor.save_pretrained(directory)
-    return directory
-
-
-def make_gemma_config(directory: Path) -> Path:
-    """The config.json of gemma-4-26B-A4B's text model, without weights."""
-    config = Gemma4TextConfig(
-        architectures=["Gemma4ForCausalLM"],
-        dtype="bfloat16",
-        vocab_size=262144,
-        hidden_size=2816,
-        intermediate_size=2112,
-        num_hidden_layers=30,
-        layer_types=[*["sliding_attention"] * 5, "full_attention"] * 5,
-        sliding_window=1024,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        num_global_key_value_heads=2,
-        head_dim=256,
-        global_head_dim=512,
-        attention_k_eq_v=True,
-        hidden_size_per_layer_input=0,
-        enable_moe_block=True,
-        num_experts=128,
-        top_k_experts=8,
-        moe_intermediate_size=704,
-        max_position_embeddings=262144,
-    )
-    config.save_pretrained(directory)
     return directory
 
 

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from sample import (
     make_dbrx,
     make_dense,
-    make_gemma_config,
     make_gpt_oss,
     make_narrow,
 )
+from sizing_table import write
 from vllm.platforms import current_platform
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
@@ -208,7 +208,7 @@ def test_without_limits_the_machine_counts(tmp_path):
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory):
     """The proposal's model: its config.json and nothing else."""
-    return make_gemma_config(tmp_path_factory.mktemp("plan") / "gemma")
+    return write("gemma-4-26B-A4B", tmp_path_factory.mktemp("plan"))
 
 
 GRID = {

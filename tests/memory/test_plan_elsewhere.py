@@ -12,14 +12,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from command_line import moe_prefetch
+from sizing_table import MODELS, OPTIONS, cell, write
 from transformers import Dots1Config
 
 from vllm.model_executor.layers.fused_moe.expert_slots.sizes import GIB, size_in_bytes
 from vllm.plugins.moe_gpu_prefetch.gpu_elsewhere import GPUS, gpu_called
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from sizing_table import MODELS, OPTIONS, cell, write  # noqa: E402
 
 SIZING = Path(__file__).resolve().parents[2] / "docs" / "sizing.md"
 

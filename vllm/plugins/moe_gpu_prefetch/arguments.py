@@ -139,10 +139,9 @@ def wraps() -> tuple[Wrap, ...]:
             refuse_draft_slots(config, vllm_config)
             if starts_engines:
                 settle(vllm_config)
+                expose(directory, vllm_config)
         except MoEPrefetchError as refusal:
             raise ending(refusal) from None
-        if starts_engines:
-            expose(directory, vllm_config)
         return vllm_config
 
     return (

@@ -38,16 +38,14 @@ from vllm.model_executor.layers.fused_moe.expert_slots.link import (
     staging_copies,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.load_coverage import watching
-from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import (
-    GIB,
-    resident_sequences,
-)
+from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import resident_sequences
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import (
     SharedStore,
     loading_into,
     make_place,
     shared_store,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.sizes import GIB
 from vllm.model_executor.layers.fused_moe.expert_slots.streaming import reading_in_windows
 from vllm.model_executor.layers.fused_moe.expert_slots.suitability import (
     cannot_serve,
@@ -162,11 +160,7 @@ def report(
             first.moe_config.device,
             sum(layer.slots.store.num_bytes for layer in slotted) / GIB,
             first.slots.store.bytes_per_expert,
-            resident_sequences(
-                first.local_num_experts,
-                first.top_k * first.local_num_experts / first.global_num_experts,
-                first.num_slots,
-            ),
+            resident_sequences(first.local_num_experts, first.routed, first.num_slots),
         )
     elif not experts and experts_elsewhere(model, model_config):
         raise bypassed(f"{type(model).__name__} ({model_config.model})", config.slots)
@@ -210,7 +204,7 @@ def report_link(model: torch.nn.Module) -> None:
         (
             (
                 layer.local_num_experts,
-                layer.top_k * layer.local_num_experts / layer.global_num_experts,
+                layer.routed,
                 layer.num_slots,
                 layer.slots.store.bytes_per_expert,
             )

@@ -25,6 +25,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.footprint import (
     CannotMeasure,
     GpuMemory,
     measure,
+    rows_per_sequence,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.host_memory import (
     available_after_waiting,
@@ -85,7 +86,7 @@ def limits_of(vllm_config: VllmConfig, config: MoEPrefetchConfig, gpu: GpuMemory
         gpu: the memory of this machine's smallest GPU, where that is known.
     """
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
-    scheduler, speculation = vllm_config.scheduler_config, vllm_config.speculative_config
+    scheduler = vllm_config.scheduler_config
     gpu_bytes, gpu_limit = _gpu_limit(vllm_config, gpu)
     elsewhere = gpu_elsewhere.pretended is not None
     here, host_is_device = host_memory(), current_platform.is_cpu()
@@ -102,7 +103,7 @@ def limits_of(vllm_config: VllmConfig, config: MoEPrefetchConfig, gpu: GpuMemory
         max_num_seqs=scheduler.max_num_seqs,
         max_model_len=vllm_config.model_config.max_model_len,
         shortens=vllm_config.model_config.original_max_model_len == -1,
-        rows_per_sequence=1 + (speculation.num_speculative_tokens if speculation else 0),
+        rows_per_sequence=rows_per_sequence(vllm_config),
     )
 
 

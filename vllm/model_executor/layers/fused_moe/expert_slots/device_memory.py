@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import gib
+from vllm.model_executor.layers.fused_moe.expert_slots.sizes import gib
 
 _ALLOWANCE = 512 << 20
 """Bytes, with a twentieth of what was loaded, that loading may take without being counted: code of

@@ -36,6 +36,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.memory_plan import (
     Footprint,
     MoELayer,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.replacing import replaced
 from vllm.model_executor.layers.fused_moe.expert_slots.suitability import (
     cannot_serve,
     experts_elsewhere,
@@ -318,6 +319,12 @@ def _activation_bytes(vllm_config: VllmConfig, layers: list[RoutedExperts]) -> i
     return layer_bytes + sampler_bytes
 
 
+def rows_per_sequence(vllm_config: VllmConfig) -> int:
+    """Rows that one decoding sequence has in a step: its own, and those of speculation."""
+    speculation = vllm_config.speculative_config
+    return 1 + (speculation.num_speculative_tokens if speculation else 0)
+
+
 def _graph_bytes(vllm_config: VllmConfig) -> int:
     """CUDA graphs, an estimate: of every size that is captured, once for each mode, and of those
     that hold more than decoding sequences only in the piecewise mode."""
@@ -325,9 +332,8 @@ def _graph_bytes(vllm_config: VllmConfig) -> int:
     mode, sizes = compilation.cudagraph_mode, compilation.cudagraph_capture_sizes or []
     if not mode:
         return 0
-    speculation = vllm_config.speculative_config
-    rows = 1 + (speculation.num_speculative_tokens if speculation else 0)
-    decoding = sum(size <= scheduler.max_num_seqs * rows for size in sizes)
+    most = scheduler.max_num_seqs * rows_per_sequence(vllm_config)
+    decoding = sum(size <= most for size in sizes)
     captured = len(sizes) if mode.mixed_mode() else 0
     if mode.separate_routine():
         captured += decoding
@@ -351,11 +357,8 @@ def _traced_once(model_config: ModelConfig) -> Iterator[None]:
             graphs[type(module)] = stock(module)
         return graphs[type(module)]
 
-    fusers.trace = trace
-    try:
+    with replaced(fusers, "trace", trace):
         yield
-    finally:
-        fusers.trace = stock
 
 
 @contextmanager
@@ -368,11 +371,8 @@ def _expert_maps_on_the_host() -> Iterator[None]:
         with torch.device("cpu"):
             stock(self, *args, **kwargs)
 
-    ExpertMapManager.__init__ = on_the_host  # type: ignore[method-assign]
-    try:
+    with replaced(ExpertMapManager, "__init__", on_the_host):
         yield
-    finally:
-        ExpertMapManager.__init__ = stock  # type: ignore[method-assign]
 
 
 @contextmanager

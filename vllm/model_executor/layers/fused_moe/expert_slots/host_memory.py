@@ -11,9 +11,9 @@ import psutil
 from vllm.logger import init_logger
 from vllm.utils.platform_utils import is_pin_memory_available
 
-logger = init_logger(__name__)
+from vllm.model_executor.layers.fused_moe.expert_slots.sizes import GIB
 
-_GIB = 1 << 30
+logger = init_logger(__name__)
 
 _POLL_S, _PATIENCE_S = 0.5, 10.0
 _QUIET_POLLS = 3
@@ -40,7 +40,7 @@ class HostMemory:
     def reserve(self, gib: float | None = None) -> int:
         """Bytes that a host store must leave: `gib`, or the larger of 8 GiB and a tenth. Pinned
         memory cannot be reclaimed, and a machine without any to reclaim stands still."""
-        return int(gib * _GIB) if gib is not None else max(8 * _GIB, self.total // 10)
+        return int(gib * GIB) if gib is not None else max(8 * GIB, self.total // 10)
 
 
 def host_memory(root: Path = _CGROUP_ROOT, membership: str | None = None) -> HostMemory:
@@ -88,8 +88,8 @@ def available_after_waiting(
                 "%.1f GiB of host memory must be available, with what must stay free, and %.1f GiB "
                 "are, more each moment: "
                 "another process is giving memory back. Waiting up to %.0f seconds for it.",
-                needed / _GIB,
-                memory.available / _GIB,
+                needed / GIB,
+                memory.available / GIB,
                 patience_s,
             )
     return memory

@@ -167,6 +167,11 @@ class ExpertSlotsMixin(_Layer):
                 parameter.weight_loader = self.weight_loader
 
     @property
+    def routed(self) -> float:
+        """Experts of this rank that a token is expected to need: its share of the top-k."""
+        return self.top_k * self.local_num_experts / self.global_num_experts
+
+    @property
     def awaits_slots(self) -> bool:
         """Whether the layer was armed and its weights have not been processed since."""
         return self.load_coverage is not None and self.slots is None

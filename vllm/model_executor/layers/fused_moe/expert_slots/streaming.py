@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from vllm.model_executor.model_loader import weight_utils
 
+from vllm.model_executor.layers.fused_moe.expert_slots.replacing import replaced
+
 WINDOW_BYTES = 128 << 20
 """Bytes read before a file is mapped anew."""
 
@@ -50,9 +52,5 @@ class WindowedSafeOpen:
 @contextmanager
 def reading_in_windows() -> Iterator[None]:
     """Within, vLLM's loaders read safetensors files in windows."""
-    stock = weight_utils.safe_open
-    weight_utils.safe_open = WindowedSafeOpen
-    try:
+    with replaced(weight_utils, "safe_open", WindowedSafeOpen):
         yield
-    finally:
-        weight_utils.safe_open = stock

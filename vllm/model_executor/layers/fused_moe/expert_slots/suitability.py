@@ -17,6 +17,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from vllm.model_executor.layers.fused_moe.expert_slots.backend import Backend
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+from vllm.model_executor.layers.fused_moe.expert_slots.replacing import replaced
 
 _OURS = __name__.rpartition(".")[0]
 
@@ -67,11 +68,8 @@ def kernels_for(backend: Backend) -> Iterator[None]:
         backend.prepare(*configs_among(*args, *kwargs.values()))
         stock(self, *args, **kwargs)
 
-    RoutedExperts.__init__ = prepared  # type: ignore[method-assign]
-    try:
+    with replaced(RoutedExperts, "__init__", prepared):
         yield
-    finally:
-        RoutedExperts.__init__ = stock  # type: ignore[method-assign]
 
 
 def configs_among(*arguments: Any) -> tuple[FusedMoEConfig, QuantizationConfig | None]:

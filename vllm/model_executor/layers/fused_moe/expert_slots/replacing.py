@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A name of vLLM's that stands for something of ours for a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within, the attribute `name` of a class or a module is `value`."""
+    stock = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, stock)
