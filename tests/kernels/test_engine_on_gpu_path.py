@@ -144,14 +144,19 @@ def test_a_warm_start(gpu_code, checkpoint, stock, tmp_path):
 
 
 def test_warm_up_leaves_no_trace(gpu_code, checkpoint, stock, monkeypatch):
-    """Real steps before the first request are undone: slots, tables, history and counters."""
+    """Real steps before the first request are undone: slots, tables, history and counters.
+
+    A step without attention leaves hidden states uninitialised, so it is not sampled from: where
+    every logit is NaN, Triton's interpreter fails in vLLM's sampler.
+    """
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     seen = []
     determine_available_memory = CPUWorker.determine_available_memory
 
     def profile(worker):
-        worker.model_runner.profile_run()
+        runner = worker.model_runner
+        runner._dummy_run(runner.max_num_tokens, skip_attn=True, is_profile=True)
         layers = [m for m in worker.get_model().modules() if getattr(m, "slots", None)]
         seen.extend(layer.slots.counters.loads for layer in layers)
         return determine_available_memory(worker)
