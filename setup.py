@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packages the files this patch adds to vLLM's tree; stock vLLM owns every package above them."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Packages the files this patch adds to vLLM's tree; stock vLLM owns every package
+above them."""
 
-from setuptools import setup
+from setuptools import find_namespace_packages, setup
 
-setup(
-    packages=[
-        "vllm.model_executor.layers.fused_moe.expert_slots",
-        *(
-            f"vllm.model_executor.layers.fused_moe.expert_slots.{room}"
-            for room in ("cpu", "cuda", "decisions", "weights")
-        ),
-        "vllm.plugins.moe_gpu_prefetch",
-    ],
+OURS = (
+    "vllm.model_executor.layers.fused_moe.expert_slots",
+    "vllm.plugins.moe_gpu_prefetch",
 )
+
+setup(packages=find_namespace_packages(include=[f"{package}*" for package in OURS]))

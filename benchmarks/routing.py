@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routing for benchmarks on random weights, which route almost uniformly where real models do not.
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Routing for benchmarks on random weights, which route almost uniformly where real
+models do not.
 
-`skewed` draws each token's experts without replacement, expert e with odds 1 / (e + 1) ** EXPONENT.
-The exponent is calibrated: one sequence, 128 experts top-8, LRU over 51 slots (40 % residency) hits
-92 %, within the 90-95 % published for Qwen3-30B-A3B. It has no topics: all sequences of a batch
-favour the same experts, so batches overflow less than real ones. `python benchmarks/routing.py`
-prints the hit rates that it gives.
+`skewed` draws each token's experts without replacement, expert e with odds 1 / (e + 1)
+** EXPONENT. The exponent is calibrated: one sequence, 128 experts top-8, LRU over 51
+slots (40 % residency) hits 92 %, within the 90-95 % published for Qwen3-30B-A3B. It has
+no topics: all sequences of a batch favour the same experts, so batches overflow less
+than real ones. `python -m benchmarks.routing` prints the hit rates that it gives.
 """
 
 import torch
@@ -14,16 +16,22 @@ EXPONENT = 1.8
 STRATEGIES = {"uniform": 0.0, "skewed": EXPONENT}
 
 
-def draw(tokens: int, experts: int, top_k: int, exponent: float, **where) -> torch.Tensor:
-    """[tokens, top_k] distinct expert ids, int64; by the Gumbel top-k trick (Kool et al., 2019,
-    arXiv 1903.06059). `where` goes to torch.rand: device, generator."""
-    odds = torch.arange(1, experts + 1, device=where.get("device")).float().log() * -exponent
+def draw(
+    tokens: int, experts: int, top_k: int, exponent: float, **where
+) -> torch.Tensor:
+    """[tokens, top_k] distinct expert ids, int64; by the Gumbel top-k trick (Kool et
+    al., 2019, arXiv 1903.06059). `where` goes to torch.rand: device, generator."""
+    odds = (
+        torch.arange(1, experts + 1, device=where.get("device")).float().log()
+        * -exponent
+    )
     uniform = torch.rand(tokens, experts, **where).clamp_(1e-20, 1 - 1e-7)
     return (odds - (-uniform.log()).log()).topk(top_k).indices
 
 
 def register() -> None:
-    """Makes VLLM_MOE_ROUTING_SIMULATION_STRATEGY=uniform and =skewed known in this process."""
+    """Makes VLLM_MOE_ROUTING_SIMULATION_STRATEGY=uniform and =skewed known in this
+    process."""
     from vllm.model_executor.layers.fused_moe.router.routing_simulator_router import (
         RoutingSimulator,
         RoutingStrategy,
@@ -35,7 +43,9 @@ def register() -> None:
 
         def route_tokens(self, hidden_states, router_logits, top_k, indices_type=None):
             tokens, experts = router_logits.shape
-            ids = draw(tokens, experts, top_k, self._exponent, device=hidden_states.device)
+            ids = draw(
+                tokens, experts, top_k, self._exponent, device=hidden_states.device
+            )
             weights = torch.full(ids.shape, 1 / top_k, device=ids.device)
             return weights, ids.to(indices_type or torch.int32)
 
@@ -43,8 +53,11 @@ def register() -> None:
         RoutingSimulator.register_strategy(name, Draw(exponent))
 
 
-def hit_rate(exponent: float, slots: int, batch: int, policy: str, steps: int = 1000) -> float:
-    """Hit rate of one layer of 128 experts top-8, by the decisions of the CPU platform."""
+def hit_rate(
+    exponent: float, slots: int, batch: int, policy: str, steps: int = 1000
+) -> float:
+    """Hit rate of one layer of 128 experts top-8, by the decisions of the CPU
+    platform."""
     from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
         ExpertHistory,
     )
@@ -56,7 +69,9 @@ def hit_rate(exponent: float, slots: int, batch: int, policy: str, steps: int = 
     generator = torch.Generator().manual_seed(0)
     tables, history = ResidencyTables(128, slots), ExpertHistory(128, policy, 128)
     plans = [
-        plan_step(tables, history, draw(batch, 128, 8, exponent, generator=generator).numpy())
+        plan_step(
+            tables, history, draw(batch, 128, 8, exponent, generator=generator).numpy()
+        )
         for _ in range(steps)
     ]
     return sum(p.hits for p in plans[100:]) / sum(p.needed for p in plans[100:])
@@ -70,7 +85,9 @@ def main() -> None:
     for name, exponent in STRATEGIES.items():
         for policy in ("lru", "lfu"):
             for slots in (96, 64, 51, 32):
-                rates = [f"{hit_rate(exponent, slots, b, policy):.1%}" for b in (1, 8, 32)]
+                rates = [
+                    f"{hit_rate(exponent, slots, b, policy):.1%}" for b in (1, 8, 32)
+                ]
                 table.add_row(name, policy, str(slots), *rates)
     Console().print(table)
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -8,8 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from fresh_process import Fresh
     from vllm.engine.arg_utils import EngineArgs
+
+    from tests.support.fresh_process import Fresh
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -19,14 +21,14 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from sample import make_checkpoint
+    from tests.support.sample import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("model") / "qwen3-moe")
 
 
 @pytest.fixture(scope="session")
 def fresh() -> Iterator["Fresh"]:
-    from fresh_process import Fresh
+    from tests.support.fresh_process import Fresh
 
     process = Fresh()
     yield process

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 import pytest
-from arm import run_arm
+
+from tests.support.arm import run_arm
 
 
 @pytest.fixture(scope="module")

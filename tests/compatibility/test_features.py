@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What vLLM can do with a model, it does from slots, with stock's bits."""
 
 import gc
@@ -6,10 +7,17 @@ import shutil
 
 import pytest
 import torch
-from engine import PROMPTS, answers, assert_offloaded, moe_layers, sampling, start
 from safetensors.torch import load_file
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
+from tests.support.engine import (
+    PROMPTS,
+    answers,
+    assert_offloaded,
+    moe_layers,
+    sampling,
+    start,
+)
 from vllm import SamplingParams
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 
@@ -23,7 +31,10 @@ def _exhaustive(value):
 def generate(llm, params=None):
     outputs = llm.generate(PROMPTS, params or sampling(16), use_tqdm=False)
     return [
-        (list(c.token_ids), [{t: p.logprob for t, p in s.items()} for s in c.logprobs or []])
+        (
+            list(c.token_ids),
+            [{t: p.logprob for t, p in s.items()} for s in c.logprobs or []],
+        )
         for output in outputs
         for c in output.outputs
     ]
@@ -45,7 +56,9 @@ def assert_equal_from_slots(checkpoint, ask=generate, **arguments):
 @pytest.mark.exhaustive
 def test_several_samples_of_one_prompt(checkpoint):
     """`n=3` at temperature 1: the three share a prefill and go their own ways."""
-    params = SamplingParams(n=3, temperature=1.0, max_tokens=10, logprobs=1, ignore_eos=True)
+    params = SamplingParams(
+        n=3, temperature=1.0, max_tokens=10, logprobs=1, ignore_eos=True
+    )
     assert_equal_from_slots(checkpoint, lambda llm: generate(llm, params))
 
 
@@ -55,14 +68,20 @@ def test_beam_search(checkpoint):
     def ask(llm):
         prompts = [{"prompt": prompt} for prompt in PROMPTS]
         outputs = llm.beam_search(prompts, BeamSearchParams(beam_width=3, max_tokens=6))
-        return [(s.tokens, s.cum_logprob) for output in outputs for s in output.sequences]
+        return [
+            (s.tokens, s.cum_logprob) for output in outputs for s in output.sequences
+        ]
 
     assert_equal_from_slots(checkpoint, ask)
 
 
 def test_structured_outputs(checkpoint):
     """A JSON schema and a choice."""
-    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+    }
 
     def ask(llm):
         found = []
@@ -112,15 +131,18 @@ def test_embeddings(checkpoint):
     ids=lambda arguments: next(iter(arguments)),
 )
 def test_scheduling(checkpoint, arguments):
-    """The scheduler's options; with five blocks of KV cache, requests are preempted and recomputed.
-    (On the CPU platform vLLM turns asynchronous scheduling off by itself.)"""
+    """The scheduler's options; with five blocks of KV cache, requests are preempted and
+    recomputed. (On the CPU platform vLLM turns asynchronous scheduling off by
+    itself.)"""
     assert_equal_from_slots(checkpoint, **arguments)
 
 
 @pytest.mark.exhaustive
 def test_offload_of_other_weights(checkpoint):
     """It is accepted. (On the CPU platform vLLM's offload does nothing.)"""
-    assert_equal_from_slots(checkpoint, cpu_offload_gb=1, cpu_offload_params={"self_attn"})
+    assert_equal_from_slots(
+        checkpoint, cpu_offload_gb=1, cpu_offload_params={"self_attn"}
+    )
 
 
 @pytest.mark.exhaustive
@@ -152,9 +174,12 @@ def test_other_files(checkpoint, tmp_path, load_format, name):
 
 
 def test_saving_from_slots_is_refused(checkpoint, tmp_path):
-    """The parameters are slots, not the model: saved, they would be no checkpoint of it."""
+    """The parameters are slots, not the model: saved, they would be no checkpoint of
+    it."""
     llm = start(checkpoint, slots=SLOTS)
-    with pytest.raises(MoEPrefetchError, match=r"8 of 32 experts.*without --moe-gpu-prefetch"):
+    with pytest.raises(
+        MoEPrefetchError, match=r"8 of 32 experts.*without --moe-gpu-prefetch"
+    ):
         llm.collective_rpc("save_sharded_state", args=(str(tmp_path / "saved"),))
     assert not list(tmp_path.glob("saved/*.safetensors"))
 
@@ -171,7 +196,9 @@ def test_calls_that_take_parameters_for_the_model_are_refused(checkpoint):
             MoEPrefetchError, match=rf"{call} cannot be called.*Nothing was changed"
         ):
             llm.collective_rpc(call)
-    with pytest.raises(MoEPrefetchError, match=r"save_tensorized_model cannot be called"):
+    with pytest.raises(
+        MoEPrefetchError, match=r"save_tensorized_model cannot be called"
+    ):
         llm.collective_rpc("save_tensorized_model", args=(None,))
     assert generate(llm) == stock
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parallel layouts on real processes: outputs are stock's in the same layout, and ranks that see
-the same routing hold the same experts without talking to each other."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Parallel layouts on real processes: outputs are stock's in the same layout, and ranks
+that see the same routing hold the same experts without talking to each other."""
 
 import pytest
-from arm import run_arm
 
-from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import stores
+from tests.support.arm import run_arm
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.store import stores
 
 EXPERT_BYTES = 3 * 64 * 128 * 2
 
@@ -16,12 +17,18 @@ def assert_ranks_agree(slotted, slots):
     """Two ranks with half of every expert each, the same experts in the same slots."""
     first, second = slotted.counters
     assert len(first) == 4 and first == second
-    assert all(layer["loads"] > 0 and layer["slots"] == slots for layer in first.values())
-    assert all(layer["store_bytes"] == 32 * EXPERT_BYTES // 2 for layer in first.values())
+    assert all(
+        layer["loads"] > 0 and layer["slots"] == slots for layer in first.values()
+    )
+    assert all(
+        layer["store_bytes"] == 32 * EXPERT_BYTES // 2 for layer in first.values()
+    )
     assert slotted.residency[0] == slotted.residency[1]
 
 
-@pytest.mark.parametrize("slots", [8, *(pytest.param(n, marks=exhaustive) for n in (4, 16, 31))])
+@pytest.mark.parametrize(
+    "slots", [8, *(pytest.param(n, marks=exhaustive) for n in (4, 16, 31))]
+)
 def test_tensor_parallel(checkpoint, tmp_path, stock_arm, slots):
     """Two ranks decide alike without talking to each other."""
     layout = {"tensor_parallel_size": 2}
@@ -32,12 +39,17 @@ def test_tensor_parallel(checkpoint, tmp_path, stock_arm, slots):
 
 @exhaustive
 def test_tensor_parallel_on_a_shared_store(checkpoint, tmp_path, stock_arm):
-    """Each rank has a shared store of its own, built by the first start, attached by the second."""
+    """Each rank has a shared store of its own, built by the first start, attached by
+    the second."""
     layout = {"tensor_parallel_size": 2}
     place = tmp_path / "stores"
     for word in ("is complete:", "attached,"):
         slotted = run_arm(
-            checkpoint, tmp_path / "answer.json", slots=8, shared_store=str(place), **layout
+            checkpoint,
+            tmp_path / "answer.json",
+            slots=8,
+            shared_store=str(place),
+            **layout,
         )
         assert slotted.outputs == stock_arm(checkpoint, **layout).outputs
         assert_ranks_agree(slotted, 8)
@@ -48,8 +60,8 @@ def test_tensor_parallel_on_a_shared_store(checkpoint, tmp_path, stock_arm):
 @exhaustive
 @pytest.mark.parametrize("slots", [8, 16])
 def test_pipeline_parallel(checkpoint, tmp_path, stock_arm, slots):
-    """Each of two stages has the slots of its own two layers. Compiled: stock 0.32 has no pipeline
-    stages on the CPU platform otherwise."""
+    """Each of two stages has the slots of its own two layers. Compiled: stock 0.32 has
+    no pipeline stages on the CPU platform otherwise."""
     layout = {
         "pipeline_parallel_size": 2,
         "enforce_eager": False,
@@ -60,13 +72,16 @@ def test_pipeline_parallel(checkpoint, tmp_path, stock_arm, slots):
     first, second = slotted.counters
     assert len(first) == len(second) == 2 and not set(first) & set(second)
     for rank in slotted.counters:
-        assert all(layer["loads"] > 0 and layer["slots"] == slots for layer in rank.values())
+        assert all(
+            layer["loads"] > 0 and layer["slots"] == slots for layer in rank.values()
+        )
         assert all(layer["store_bytes"] == 32 * EXPERT_BYTES for layer in rank.values())
 
 
 @exhaustive
 def test_stock_has_no_expert_parallelism_on_the_cpu_platform(checkpoint, tmp_path):
-    """Why it is refused there: a stock that has it fails here, and the refusal can go."""
+    """Why it is refused there: a stock that has it fails here, and the refusal can
+    go."""
     layout = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
     with pytest.raises(RuntimeError, match="EngineDeadError"):
         run_arm(checkpoint, tmp_path / "answer.json", **layout)

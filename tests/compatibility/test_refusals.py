@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cannot work is refused at start-up, each by name, with the reason and the way out."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What cannot work is refused at start-up, each by name, with the reason and the way
+out."""
 
 import re
 from types import SimpleNamespace
 
 import pytest
-from engine import start
-from sample import make_checkpoint, make_with_mtp
 from vllm.engine.arg_utils import EngineArgs
 
+from tests.support.engine import start
+from tests.support.sample import make_checkpoint, make_with_mtp
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
-from vllm.plugins.moe_gpu_prefetch import planning, register
-from vllm.plugins.moe_gpu_prefetch.conflicts import CONFLICTS, refuse_draft_slots
+from vllm.model_executor.layers.fused_moe.expert_slots.refusals.arguments import (
+    CONFLICTS,
+    refuse_draft_slots,
+)
+from vllm.plugins.moe_gpu_prefetch import register
+from vllm.plugins.moe_gpu_prefetch import start as start_up
 
 REFUSED = {
     "--enable-eplb": ["--enable-eplb"],
@@ -54,13 +60,16 @@ def test_each_is_refused_by_name(parse, capsys, name, arguments):
         parse("--moe-gpu-prefetch", "8", *arguments)
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"vllm: error: --moe-gpu-prefetch cannot be combined with {name}")
+    assert error.startswith(
+        f"vllm: error: --moe-gpu-prefetch cannot be combined with {name}"
+    )
     assert any(f": {c.reason}; {c.way_out}." in error for c in CONFLICTS)
     parse(*arguments)
 
 
 def test_every_conflict_has_its_test(parse):
-    """None of the table is untested: each is the first that some arguments above meet."""
+    """None of the table is untested: each is the first that some arguments above
+    meet."""
     met = []
     for arguments in REFUSED.values():
         engine_args = parse(*arguments)
@@ -73,20 +82,33 @@ def test_every_conflict_has_its_test(parse):
     [{"enable_eplb": True}, {"data_parallel_size": 2}, {"cpu_offload_gb": 1}],
 )
 def test_scripts_are_refused_alike(checkpoint, conflict):
-    """`LLM(...)` goes past the command line; the same check answers with an exception."""
+    """`LLM(...)` goes past the command line; the same check answers with an
+    exception."""
     register()
-    arguments = EngineArgs(str(checkpoint), additional_config={"moe_gpu_prefetch": 8}, **conflict)
+    arguments = EngineArgs(
+        str(checkpoint), additional_config={"moe_gpu_prefetch": 8}, **conflict
+    )
     with pytest.raises(MoEPrefetchError, match="cannot be combined"):
         arguments.create_engine_config()
 
 
-@pytest.mark.parametrize("part", ["routed_experts", "mlp", "block_sparse_moe", "layers", "model"])
+@pytest.mark.parametrize(
+    "part", ["routed_experts", "mlp", "block_sparse_moe", "layers", "model"]
+)
 def test_offload_that_may_hit_experts_is_refused(parse, capsys, part):
     """Whatever a model calls what its experts are in."""
     with pytest.raises(SystemExit):
-        parse("--moe-gpu-prefetch", "8", "--cpu-offload-gb", "1", "--cpu-offload-params", part)
+        parse(
+            "--moe-gpu-prefetch",
+            "8",
+            "--cpu-offload-gb",
+            "1",
+            "--cpu-offload-params",
+            part,
+        )
     assert (
-        "name other weights with --cpu-offload-params (attention, attn" in capsys.readouterr().err
+        "name other weights with --cpu-offload-params (attention, attn"
+        in capsys.readouterr().err
     )
 
 
@@ -100,13 +122,22 @@ def with_draft_slots(checkpoint, speculation):
 @pytest.mark.parametrize(
     ("speculation", "reason"),
     [
-        (None, "draft_slots 4 was given without a draft. Add --speculative-config, or drop it."),
+        (
+            None,
+            "draft_slots 4 was given without a draft. Add --speculative-config, or "
+            "drop it.",
+        ),
         ({"method": "ngram"}, "decoding by ngram has no draft model. Drop it."),
         ({"model": "[ngram]"}, "decoding by ngram has no draft model. Drop it."),
-        ({"model": "acme.Proposer"}, "decoding by custom_class has no draft model. Drop it."),
+        (
+            {"model": "acme.Proposer"},
+            "decoding by custom_class has no draft model. Drop it.",
+        ),
     ],
 )
-def test_slots_of_a_draft_that_is_not_there_are_refused(checkpoint, speculation, reason):
+def test_slots_of_a_draft_that_is_not_there_are_refused(
+    checkpoint, speculation, reason
+):
     """No option without effect: where nothing speculates, and where no model does."""
     if speculation:
         speculation["num_speculative_tokens"] = 2
@@ -133,7 +164,7 @@ def test_a_method_whose_draft_vllm_leaves_out_has_none():
 
 def test_draft_slots_are_refused_before_an_engine_starts(checkpoint, monkeypatch):
     """Before the memory plan is made."""
-    monkeypatch.setattr(planning, "settle", lambda _: pytest.fail("planned"))
+    monkeypatch.setattr(start_up, "settle", lambda _: pytest.fail("planned"))
     with pytest.raises(MoEPrefetchError, match="has no draft model"):
         start(
             checkpoint,
@@ -144,26 +175,36 @@ def test_draft_slots_are_refused_before_an_engine_starts(checkpoint, monkeypatch
 
 
 @pytest.mark.parametrize("attribute", ["bf16_decode", "specialized_decode_config"])
-def test_decode_kernels_of_a_models_own_are_refused_by_name(checkpoint, monkeypatch, attribute):
-    """They would read the experts' weights by expert id. Said before a weight is read; with all
-    experts resident they are stock's."""
+def test_decode_kernels_of_a_models_own_are_refused_by_name(
+    checkpoint, monkeypatch, attribute
+):
+    """They would read the experts' weights by expert id. Said before a weight is read;
+    with all experts resident they are stock's."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
     from vllm.model_executor.models.qwen3_moe import Qwen3MoeSparseMoeBlock
 
     monkeypatch.setattr(Qwen3MoeSparseMoeBlock, attribute, "its own", raising=False)
     with monkeypatch.context() as patch, pytest.raises(MoEPrefetchError) as error:
-        patch.setattr(DefaultModelLoader, "load_weights", lambda *_: pytest.fail("weights read"))
+        patch.setattr(
+            DefaultModelLoader, "load_weights", lambda *_: pytest.fail("weights read")
+        )
         start(checkpoint, slots=8)
-    assert "cannot serve model.layers.0.mlp (Qwen3MoeSparseMoeBlock)" in str(error.value)
-    assert f"({attribute}), which read the experts' weights by expert id" in str(error.value)
+    assert "cannot serve model.layers.0.mlp (Qwen3MoeSparseMoeBlock)" in str(
+        error.value
+    )
+    assert f"({attribute}), which read the experts' weights by expert id" in str(
+        error.value
+    )
     start(checkpoint, slots=32)
 
 
 def test_a_quantised_model_is_refused_by_its_kernel(checkpoint, monkeypatch):
-    """On the CPU platform no kernel of quantised experts is shown to be exact. Said before an
-    engine is made."""
+    """On the CPU platform no kernel of quantised experts is shown to be exact. Said
+    before an engine is made."""
     from vllm.v1.engine.core import EngineCore
 
-    monkeypatch.setattr(EngineCore, "__init__", lambda *_, **__: pytest.fail("an engine is made"))
+    monkeypatch.setattr(
+        EngineCore, "__init__", lambda *_, **__: pytest.fail("an engine is made")
+    )
     with pytest.raises(MoEPrefetchError, match=r"its kernel \w+ is not known to run"):
         start(checkpoint, slots=8, quantization="fp8")

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speculative decoding gives stock's outputs from slots. A draft with MoE layers has slots and
-counters of its own.
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Speculative decoding gives stock's outputs from slots. A draft with MoE layers has
+slots and counters of its own.
 
-Each engine in a process of its own: on the CPU platform vLLM starts no second one after it."""
+Each engine in a process of its own: on the CPU platform vLLM starts no second one after
+it."""
 
 import pytest
-from arm import Arm, run_arm
-from sample import make_checkpoint, make_with_mtp
+
+from tests.support.arm import Arm, run_arm
+from tests.support.sample import make_checkpoint, make_with_mtp
 
 SLOTS = 8
 
@@ -25,7 +28,8 @@ def assert_equal_from_slots(checkpoint, answer, stock_arm, **options) -> Arm:
 
 @pytest.mark.exhaustive
 def test_n_gram(checkpoint, tmp_path, stock_arm):
-    """Drafts looked up in the prompt; verifying them routes several rows of a sequence."""
+    """Drafts looked up in the prompt; verifying them routes several rows of a
+    sequence."""
     config = {
         "method": "ngram",
         "num_speculative_tokens": 3,
@@ -41,18 +45,28 @@ def test_n_gram(checkpoint, tmp_path, stock_arm):
 
 @pytest.mark.exhaustive
 def test_draft_model(checkpoint, tmp_path, stock_arm):
-    """The draft's layers have as many slots as the model's, or as many as `draft_slots` says, and
-    are counted under names of their own."""
+    """The draft's layers have as many slots as the model's, or as many as `draft_slots`
+    says, and are counted under names of their own."""
     draft = make_checkpoint(tmp_path / "draft", experts=16, top_k=2, layers=2)
     config = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3}
     for own in ({"draft_slots": 5}, {}):
         slotted = assert_equal_from_slots(
-            checkpoint, tmp_path / "answer.json", stock_arm, speculative_config=config, **own
+            checkpoint,
+            tmp_path / "answer.json",
+            stock_arm,
+            speculative_config=config,
+            **own,
         )
         (rank,) = slotted.counters
-        drafts = {name: layer for name, layer in rank.items() if name.startswith("draft_model")}
+        drafts = {
+            name: layer
+            for name, layer in rank.items()
+            if name.startswith("draft_model")
+        }
         assert len(rank) == 6 and len(drafts) == 2
-        assert {layer["slots"] for layer in drafts.values()} == {own.get("draft_slots", SLOTS)}
+        assert {layer["slots"] for layer in drafts.values()} == {
+            own.get("draft_slots", SLOTS)
+        }
         assert all(layer["loads"] > 0 for layer in rank.values())
         assert set(slotted.residency[0]) == set(rank)
 

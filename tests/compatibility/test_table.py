@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/compatibility.md has no row without a test, and no test of the matrix without a row."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""docs/compatibility.md has no row without a test, and no test of the matrix without a
+row."""
 
 import ast
 import re
@@ -7,16 +9,20 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from architectures import ARCHITECTURES
 
-from vllm.plugins.moe_gpu_prefetch.conflicts import CONFLICTS
+from tests.support.architectures import ARCHITECTURES
+from vllm.model_executor.layers.fused_moe.expert_slots.refusals.arguments import (
+    CONFLICTS,
+)
 
 TESTS = Path(__file__).resolve().parents[1]
 PAGE = (TESTS.parent / "docs" / "compatibility.md").read_text()
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in PAGE.splitlines()
-    if line.startswith("|") and not line.startswith("|--") and "below `tests/`" not in line
+    if line.startswith("|")
+    and not line.startswith("|--")
+    and "below `tests/`" not in line
 ]
 
 
@@ -39,7 +45,10 @@ def test_every_architecture_has_its_row():
     said = {row[0].partition(" ")[0]: row[1] for row in ROWS}
     for architecture in ARCHITECTURES:
         if architecture.stock_error:
-            assert said[architecture.name] == f"stock 0.32 ends: `{architecture.stock_error}`"
+            assert (
+                said[architecture.name]
+                == f"stock 0.32 ends: `{architecture.stock_error}`"
+            )
         else:
             assert said[architecture.name].startswith("exact")
 

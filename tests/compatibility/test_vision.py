@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """A vision-language model with MoE layers sees its picture from slots as stock does."""
 
-from engine import PROMPTS, answers, assert_offloaded, moe_layers, sampling, start
 from PIL import Image
-from sample import make_aria
+
+from tests.support.engine import (
+    PROMPTS,
+    answers,
+    assert_offloaded,
+    moe_layers,
+    sampling,
+    start,
+)
+from tests.support.sample import make_aria
 
 
 def test_aria(tmp_path):
@@ -18,7 +27,10 @@ def test_aria(tmp_path):
     for slots in (None, 2, 4, 15):
         options = {} if slots is None else {"slots": slots}
         llm = start(
-            checkpoint, limit_mm_per_prompt={"image": 1}, max_num_batched_tokens=512, **options
+            checkpoint,
+            limit_mm_per_prompt={"image": 1},
+            max_num_batched_tokens=512,
+            **options,
         )
         found[slots] = answers(llm.generate(prompts, sampling(12), use_tqdm=False))
         if slots is not None:

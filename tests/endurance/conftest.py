@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-import sys
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from server import Server, start, stop, wait
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import endurance
+from benchmarks.cpu import endurance
+from tests.support.server import Server, start, stop, wait
 
 
 @pytest.fixture(scope="session")

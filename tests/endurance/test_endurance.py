@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`benchmarks/endurance.py` for a minute."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""`benchmarks/cpu/endurance.py` for a minute."""
 
 import asyncio
 
-from endurance import Findings, endure
-from load import Expected, requests
+from benchmarks.cpu.endurance import Findings, endure
+from tests.support.load import Expected, requests
 
 CLIENTS = 64
 
 
 def test_a_minute_under_load(servers):
-    """Every answer is the one that stock gives to the request alone, under load as afterwards;
-    malformed requests get stock's status; memory and descriptors stay flat; then the server is
-    idle, its tables and slots agree and its counters add up. Most steps overflowed. Stock passes
-    the same load with the same answers."""
+    """Every answer is the one that stock gives to the request alone, under load as
+    afterwards; malformed requests get stock's status; memory and descriptors stay flat;
+    then the server is idle, its tables and slots agree and its counters add up. Most
+    steps overflowed. Stock passes the same load with the same answers."""
     slots, stock = servers
 
     async def run() -> tuple[Findings, Findings]:
@@ -24,5 +25,7 @@ def test_a_minute_under_load(servers):
     by_stock, by_slots = asyncio.run(run())
     assert by_stock.tally.wrong == []
     assert by_slots.faults == []
-    assert all(by_slots.tally.ended[end] for end in ("finished", "cancelled", "malformed"))
+    assert all(
+        by_slots.tally.ended[end] for end in ("finished", "cancelled", "malformed")
+    )
     assert by_slots.overflow > 0.5

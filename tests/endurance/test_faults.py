@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers that are told to end, and servers that lose a process: as stock, and nothing is left."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Servers that are told to end, and servers that lose a process: as stock, and nothing
+is left."""
 
 import os
 import signal
@@ -12,15 +14,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from server import Server, alive, start, stop, wait
 
+from tests.support.server import Server, alive, start, stop, wait
 from vllm.model_executor.layers.fused_moe.expert_slots import counters
 
 GONE_S = 60
 TOKENS = 400
 
 
-def assert_nothing_is_left(processes: list[psutil.Process], directories: set[Path]) -> None:
+def assert_nothing_is_left(
+    processes: list[psutil.Process], directories: set[Path]
+) -> None:
     end = time.monotonic() + GONE_S
     while alive(processes) and time.monotonic() < end:
         time.sleep(0.2)
@@ -28,8 +32,11 @@ def assert_nothing_is_left(processes: list[psutil.Process], directories: set[Pat
     assert not any(directory.exists() for directory in directories)
 
 
-def stream(server: Server, number: int, started: threading.Barrier) -> tuple[str, str | None]:
-    """The text of one long stream and why it ended; `started` is told of its first piece."""
+def stream(
+    server: Server, number: int, started: threading.Barrier
+) -> tuple[str, str | None]:
+    """The text of one long stream and why it ended; `started` is told of its first
+    piece."""
     events = server.client().completions.create(
         model="sample",
         prompt=f"{number} You may reproduce and distribute copies of the Work",
@@ -49,14 +56,16 @@ def stream(server: Server, number: int, started: threading.Barrier) -> tuple[str
 
 @pytest.mark.exhaustive
 def test_sigterm_drains(servers):
-    """With --shutdown-timeout, requests in flight are answered in full, as stock's are, and the
-    server ends with stock's status; its processes and its counters are gone."""
+    """With --shutdown-timeout, requests in flight are answered in full, as stock's are,
+    and the server ends with stock's status; its processes and its counters are gone."""
     ends = []
     for server in servers:
         processes, directories = server.tree(), server.counter_directories()
         started = threading.Barrier(5)
         with ThreadPoolExecutor(4) as pool:
-            answers = [pool.submit(stream, server, number, started) for number in range(4)]
+            answers = [
+                pool.submit(stream, server, number, started) for number in range(4)
+            ]
             started.wait(timeout=120)
             server.process.send_signal(signal.SIGTERM)
             texts = [answer.result(timeout=240) for answer in answers]
@@ -74,7 +83,13 @@ def victims(checkpoint, tmp_path_factory):
     options = ("--max-model-len", "512", "--enforce-eager")
     pairs = {
         name: [
-            start(checkpoint, logs / f"{name}-slots.log", *options, "--moe-gpu-prefetch", "8"),
+            start(
+                checkpoint,
+                logs / f"{name}-slots.log",
+                *options,
+                "--moe-gpu-prefetch",
+                "8",
+            ),
             start(checkpoint, logs / f"{name}-stock.log", *options),
         ]
         for name in ("VLLM::Worker", "VLLM::EngineCore")
@@ -98,8 +113,9 @@ def victims(checkpoint, tmp_path_factory):
     ],
 )
 def test_a_lost_process_ends_the_server(victims, name, message):
-    """kill -9 of a worker or of the engine: the log says it and the server ends, with the status
-    that stock ends with (0 in vLLM 0.32); its processes and its counters are gone."""
+    """kill -9 of a worker or of the engine: the log says it and the server ends, with
+    the status that stock ends with (0 in vLLM 0.32); its processes and its counters are
+    gone."""
     statuses = []
     for server in victims[name]:
         processes, directories = server.tree(), server.counter_directories()
@@ -113,11 +129,14 @@ def test_a_lost_process_ends_the_server(victims, name, message):
 
 
 def counters_of_another_process(then: str) -> str:
-    """The directory of a process that opens one and goes on with the statement `then`."""
+    """The directory of a process that opens one and goes on with the statement
+    `then`."""
     code = f"import os\nfrom {counters.__name__} import open_counters_directory\n"
     code += f"print(open_counters_directory(), flush=True)\n{then}"
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=180).stdout.strip()
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, timeout=180
+    ).stdout.strip()
 
 
 def test_counters_of_a_killed_process_are_removed_by_the_next(monkeypatch):

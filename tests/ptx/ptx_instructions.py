@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PTX read and turned into what `ptxsim` runs: each instruction a function of (block, fiber)."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""PTX read and turned into what `ptxsim` runs: each instruction a function of (block,
+fiber)."""
 
 import re
 from collections.abc import Callable
 
 import numpy as np
-from ptxsim import (
+
+from tests.ptx.ptxsim import (
     ALL,
     LANE,
     LANES,
@@ -103,7 +106,11 @@ def _shift(left: bool, kind: type) -> Callable:
         if left:
             return np.where(by < bits, a << inside, kind(0))
         shifted = a >> inside
-        return shifted if np.dtype(kind).kind == "i" else np.where(by < bits, shifted, kind(0))
+        return (
+            shifted
+            if np.dtype(kind).kind == "i"
+            else np.where(by < bits, shifted, kind(0))
+        )
 
     return run
 
@@ -120,7 +127,8 @@ def _permute(a: Array, b: Array, selector: Array) -> Array:
     for i in range(4):
         pick = (selector >> np.uint32(4 * i)) & np.uint32(15)
         byte = (
-            (both >> (pick & np.uint32(7)).astype(np.uint64) * np.uint64(8)) & np.uint64(255)
+            (both >> (pick & np.uint32(7)).astype(np.uint64) * np.uint64(8))
+            & np.uint64(255)
         ).astype(np.uint32)
         sign = np.where(byte & 0x80, np.uint32(255), np.uint32(0))
         out |= np.where(pick & 8, sign, byte).astype(np.uint32) << np.uint32(8 * i)
@@ -134,7 +142,9 @@ def _extract(kind: type) -> Callable:
     def run(a: Array, position: Array, length: Array) -> Array:
         first, count = position.astype(np.int64) & 255, length.astype(np.int64) & 255
         left = np.maximum(width - first - count, 0)
-        field = (a << left.astype(kind)) >> np.minimum(left + first, width - 1).astype(kind)
+        field = (a << left.astype(kind)) >> np.minimum(left + first, width - 1).astype(
+            kind
+        )
         return np.where(count > 0, field, kind(0))
 
     return run
@@ -178,11 +188,19 @@ class _Compiler:
 
             def read(block: Block, warp: Warp) -> Array:
                 value = warp.regs[index]
-                if value is None:  # LLVM does read what it never wrote, and then drops it
-                    value = warp.regs[index] = block.rng.integers(0, 256, LANES).astype(dtype)
+                if (
+                    value is None
+                ):  # LLVM does read what it never wrote, and then drops it
+                    value = warp.regs[index] = block.rng.integers(0, 256, LANES).astype(
+                        dtype
+                    )
                 if value.dtype is dtype:
                     return value
-                if value.dtype.itemsize == size and value.dtype.kind != "b" and dtype.kind != "b":
+                if (
+                    value.dtype.itemsize == size
+                    and value.dtype.kind != "b"
+                    and dtype.kind != "b"
+                ):
                     return value.view(dtype)
                 return value.astype(dtype)
 
@@ -210,7 +228,11 @@ class _Compiler:
 
         def write(warp: Warp, mask: Array | None, value: Array) -> None:
             if value.dtype is not dtype:
-                if value.dtype.itemsize == size and dtype.kind != "b" and value.dtype.kind != "b":
+                if (
+                    value.dtype.itemsize == size
+                    and dtype.kind != "b"
+                    and value.dtype.kind != "b"
+                ):
                     value = value.view(dtype)
                 else:
                     value = value.astype(dtype)
@@ -230,7 +252,9 @@ class _Compiler:
         read = self.reader(base.strip(), np.uint32 if space == "shared" else np.uint64)
         return lambda block, warp: read(block, warp).astype(np.uint64) + add
 
-    def guarded(self, instruction: Instruction) -> Callable[[Block, Fiber], Array | None]:
+    def guarded(
+        self, instruction: Instruction
+    ) -> Callable[[Block, Fiber], Array | None]:
         """Which lanes an instruction is for; None: all 32."""
         if instruction.guard is None:
             return lambda block, fiber: None if fiber.whole else fiber.mask
@@ -308,7 +332,9 @@ class _Compiler:
         write = self.writer(instruction.operands[0])
 
         def do(block, warp, mask):
-            total = _REDUCE[operation].reduce(read(block, warp)[mask], dtype=_dtype(kind))
+            total = _REDUCE[operation].reduce(
+                read(block, warp)[mask], dtype=_dtype(kind)
+            )
             write(warp, mask, np.full(LANES, total, _dtype(kind)))
 
         return self._together(instruction, do)
@@ -356,7 +382,9 @@ class _Compiler:
         def do(block, warp, mask):
             value = (read(block, warp) ^ negated) & mask
             result = {
-                "ballot": lambda: np.uint32((value.astype(np.uint64) << LANE.astype("u8")).sum()),
+                "ballot": lambda: np.uint32(
+                    (value.astype(np.uint64) << LANE.astype("u8")).sum()
+                ),
                 "any": lambda: value.any(),
                 "all": lambda: value[mask].all(),
             }[mode]()
@@ -366,7 +394,9 @@ class _Compiler:
 
     def _ldmatrix(self, pc, instruction):
         """x1, x2, x4 of m8n8.b16: lane 8i+r holds the address of row r of matrix i."""
-        assert "m8n8" in instruction.opcode and "trans" not in instruction.opcode, instruction
+        assert "m8n8" in instruction.opcode and "trans" not in instruction.opcode, (
+            instruction
+        )
         count = int(next(o for o in instruction.opcode if re.fullmatch(r"x\d", o))[1:])
         address = self.address(instruction.operands[1], "shared")
         names = [n.strip() for n in instruction.operands[0].strip("{} ").split(",")]
@@ -386,7 +416,8 @@ class _Compiler:
         return self._together(instruction, do)
 
     def _stmatrix(self, pc, instruction):
-        """x1 of m8n8.b16, the counterpart: lanes 4r to 4r + 3 hold the words of row r."""
+        """x1 of m8n8.b16, the counterpart: lanes 4r to 4r + 3 hold the words of row
+        r."""
         assert {"m8n8", "x1"} <= set(instruction.opcode), instruction
         address = self.address(instruction.operands[0], "shared")
         read = self.reader(instruction.operands[1].strip("{} "), np.uint32)
@@ -397,7 +428,9 @@ class _Compiler:
             if np.any(rows[:8] % 16):
                 raise SimulationError("stmatrix: a row is not aligned")
             at = rows[LANE // 4] + (LANE % 4 * 4).astype(np.uint64)
-            values = np.ascontiguousarray(read(block, warp)).view(np.uint8).reshape(LANES, 4)
+            values = (
+                np.ascontiguousarray(read(block, warp)).view(np.uint8).reshape(LANES, 4)
+            )
             block.store("shared", pc, warp, mask, at, values)
 
         return self._together(instruction, do)
@@ -407,20 +440,31 @@ class _Compiler:
     def _memory(self, instruction):
         """Space, words of a vector, kind of a word."""
         space = next(
-            (s for s in ("global", "shared") if any(o.startswith(s) for o in instruction.opcode)),
+            (
+                s
+                for s in ("global", "shared")
+                if any(o.startswith(s) for o in instruction.opcode)
+            ),
             None,
         )
-        words = next((int(o[1:]) for o in instruction.opcode if re.fullmatch(r"v\d", o)), 1)
+        words = next(
+            (int(o[1:]) for o in instruction.opcode if re.fullmatch(r"v\d", o)), 1
+        )
         return space or "local", words, _dtype(instruction.opcode[-1])
 
     def _ld(self, pc, instruction):
         if "param" in instruction.opcode:
-            write, kind = self.writer(instruction.operands[0]), _dtype(instruction.opcode[-1])
+            write, kind = (
+                self.writer(instruction.operands[0]),
+                _dtype(instruction.opcode[-1]),
+            )
             name = instruction.operands[1].strip("[] ")
             guard = self.guarded(instruction)
 
             def run_param(block, fiber):
-                number = block.launch.arguments[name] & ((1 << 8 * np.dtype(kind).itemsize) - 1)
+                number = block.launch.arguments[name] & (
+                    (1 << 8 * np.dtype(kind).itemsize) - 1
+                )
                 value = np.full(LANES, number, np.uint64).astype(kind)
                 write(fiber.warp, guard(block, fiber), value)
                 fiber.pc += 1
@@ -430,7 +474,10 @@ class _Compiler:
         names = [n.strip() for n in instruction.operands[0].strip("{} ").split(",")]
         writers = [self.writer(n) for n in names]
         assert len(writers) == words, instruction
-        address, guard = self.address(instruction.operands[1], space), self.guarded(instruction)
+        address, guard = (
+            self.address(instruction.operands[1], space),
+            self.guarded(instruction),
+        )
         size = words * np.dtype(kind).itemsize
 
         def run(block, fiber):
@@ -456,7 +503,10 @@ class _Compiler:
         size = np.dtype(kind).itemsize
         read = [self.reader(n, UNSIGNED[size]) for n in names]
         assert len(read) == words, instruction
-        address, guard = self.address(instruction.operands[0], space), self.guarded(instruction)
+        address, guard = (
+            self.address(instruction.operands[0], space),
+            self.guarded(instruction),
+        )
 
         def run(block, fiber):
             mask = guard(block, fiber)
@@ -481,7 +531,8 @@ class _Compiler:
             return self._arithmetic(pc, instruction)
         whole = _dtype(instruction.opcode[-1])
         names = [
-            n.strip() for n in (target + source).partition("{")[2].partition("}")[0].split(",")
+            n.strip()
+            for n in (target + source).partition("{")[2].partition("}")[0].split(",")
         ]
         part = UNSIGNED[np.dtype(whole).itemsize // len(names)]
         guard = self.guarded(instruction)
@@ -500,7 +551,9 @@ class _Compiler:
 
         def run_unpack(block, fiber):
             parts = (
-                np.ascontiguousarray(read_whole(block, fiber.warp)).view(part).reshape(LANES, -1)
+                np.ascontiguousarray(read_whole(block, fiber.warp))
+                .view(part)
+                .reshape(LANES, -1)
             )
             for i, write in enumerate(writers):
                 if write:
@@ -512,12 +565,19 @@ class _Compiler:
     def _arithmetic(self, pc, instruction):
         compute, kinds = self._operation(instruction)
         write = self.writer(instruction.operands[0])
-        readers = [self.reader(o, k) for o, k in zip(instruction.operands[1:], kinds, strict=True)]
+        readers = [
+            self.reader(o, k)
+            for o, k in zip(instruction.operands[1:], kinds, strict=True)
+        ]
         guard = self.guarded(instruction)
 
         def run(block, fiber):
             warp = fiber.warp
-            write(warp, guard(block, fiber), compute(*[read(block, warp) for read in readers]))
+            write(
+                warp,
+                guard(block, fiber),
+                compute(*[read(block, warp) for read in readers]),
+            )
             fiber.pc += 1
 
         return run
@@ -527,7 +587,11 @@ class _Compiler:
         name, *modifiers = instruction.opcode
         last = modifiers[-1] if modifiers else ""
         kind = (
-            bool if last == "pred" else _dtype(last) if re.fullmatch(r"[busf]\d+", last) else None
+            bool
+            if last == "pred"
+            else _dtype(last)
+            if re.fullmatch(r"[busf]\d+", last)
+            else None
         )
         if last.startswith("f") or kind is None:
             raise NotImplementedError(".".join(instruction.opcode))
@@ -558,10 +622,18 @@ class _Compiler:
             if middle == "wide":
                 if name == "mul":
                     return (lambda a, b: a.astype(wide) * b.astype(wide)), [kind, kind]
-                return (lambda a, b, c: a.astype(wide) * b.astype(wide) + c), [kind, kind, wide]
+                return (lambda a, b, c: a.astype(wide) * b.astype(wide) + c), [
+                    kind,
+                    kind,
+                    wide,
+                ]
             if middle == "hi" and name == "mul" and np.dtype(kind).itemsize < 8:
                 bits = wide(np.dtype(kind).itemsize * 8)
-                return (lambda a, b: ((a.astype(wide) * b.astype(wide)) >> bits).astype(kind)), [
+                return (
+                    lambda a, b: ((a.astype(wide) * b.astype(wide)) >> bits).astype(
+                        kind
+                    )
+                ), [
                     kind,
                     kind,
                 ]

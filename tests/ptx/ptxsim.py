@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a kernel's PTX on the CPU, thread by thread in an order of chance, and finds data races.
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Runs a kernel's PTX on the CPU, thread by thread in an order of chance, and finds
+data races.
 
-Triton's interpreter runs a program as one thread. Here the program is what a GPU would run: warps
-of 32 lanes that go ahead at random, lanes of one warp that part at random (as since Volta they
-may), loads and stores that are checked for bounds and alignment, shared memory that begins as
-garbage. Between two barriers of the block, a byte that one thread writes and another thread reads
-or writes is a race:
+Triton's interpreter runs a program as one thread. Here the program is what a GPU would
+run: warps of 32 lanes that go ahead at random, lanes of one warp that part at random
+(as since Volta they may), loads and stores that are checked for bounds and alignment,
+shared memory that begins as garbage. Between two barriers of the block, a byte that one
+thread writes and another thread reads or writes is a race:
 
     ww-same   several threads write the same value: harmless
     ww-diff   several threads write different values: whoever comes last wins
-    rw        one reads what another writes; whether the value matters is found out by running the
-              launch again with those reads replaced by garbage (`Launch.poison`)
+    rw        one reads what another writes; whether the value matters is found out by
+              running the launch again with those reads replaced by garbage
+              (`Launch.poison`)
 
 Only what Triton emits for integer kernels is implemented; an unknown opcode raises.
 """
@@ -108,8 +111,8 @@ class Access:
 
 
 def conflicts(accesses: Sequence[Access]):
-    """Yields the bytes that one thread writes and another touches: per granule (address, the
-    indices of its accesses, thread, is_write, value), all unordered."""
+    """Yields the bytes that one thread writes and another touches: per granule
+    (address, the indices of its accesses, thread, is_write, value), all unordered."""
     if not any(a.is_write for a in accesses):
         return
     sizes = [a.values.shape[1] for a in accesses]
@@ -122,7 +125,9 @@ def conflicts(accesses: Sequence[Access]):
         thread.append(np.repeat(a.threads, words))
         write.append(np.full(at.size, a.is_write))
         which.append(np.full(at.size, i))
-        value.append(np.ascontiguousarray(a.values).view(UNSIGNED[granule]).ravel().astype("u8"))
+        value.append(
+            np.ascontiguousarray(a.values).view(UNSIGNED[granule]).ravel().astype("u8")
+        )
     address, thread, write, which, value = map(
         np.concatenate, (address, thread, write, which, value)
     )
@@ -198,7 +203,9 @@ class Race:
     places: tuple[str, ...]  # file:line of all that take part
 
     def __str__(self) -> str:
-        return f"{self.space} {self.kind} between {self.scope} at {', '.join(self.places)}"
+        return (
+            f"{self.space} {self.kind} between {self.scope} at {', '.join(self.places)}"
+        )
 
 
 class Launch:
@@ -224,7 +231,9 @@ class Launch:
         split: float = 0.02,
     ):
         self.program, self.memory, self.grid, self.rng = program, memory, grid, rng
-        self.arguments = dict(zip((n for _, n in program.parameters), arguments, strict=False))
+        self.arguments = dict(
+            zip((n for _, n in program.parameters), arguments, strict=False)
+        )
         self.shared_bytes, self.poison, self.split = shared_bytes, poison or {}, split
         self.races: Counter[Race] = Counter()
         self.racy_reads: dict = defaultdict(set)
@@ -237,14 +246,18 @@ class Launch:
             of_blocks += Block(self, block).run()
         if self.grid > 1:
             for _, which, thread, write, value in conflicts(of_blocks):
-                self._report("global", "blocks", of_blocks, which, thread, write, value, None)
+                self._report(
+                    "global", "blocks", of_blocks, which, thread, write, value, None
+                )
 
     def _report(self, space, scope, accesses, which, thread, write, value, key) -> None:
         """Counts one granule's race and notes who reads what another writes."""
         writers = set(thread[write].tolist())
         racy = {
             (accesses[i].pc, t)
-            for i, t in zip(which[~write].tolist(), thread[~write].tolist(), strict=True)
+            for i, t in zip(
+                which[~write].tolist(), thread[~write].tolist(), strict=True
+            )
             if writers - {t}
         }
         pcs = {accesses[i].pc for i in which[write].tolist()}
@@ -288,8 +301,8 @@ class Block:
         self.whole_log: list[Access] = []
 
     def run(self) -> list[Access]:
-        """Runs to the end. Returns the global accesses, for `Launch` to compare blocks; their
-        threads are the block's number."""
+        """Runs to the end. Returns the global accesses, for `Launch` to compare blocks;
+        their threads are the block's number."""
         while ready := [f for f in self.fibers if not f.waits]:
             fiber = self.chance.choice(ready)
             self._advance(fiber, self.chance.choice((1, 4, 30, 10_000)))
@@ -322,7 +335,8 @@ class Block:
             fiber.take(fiber.mask & ~part)
 
     def _meet(self, fiber: Fiber) -> None:
-        """A warp-wide instruction runs once all lanes of the warp that still run are there."""
+        """A warp-wide instruction runs once all lanes of the warp that still run are
+        there."""
         mine = [f for f in self.fibers if f.warp is fiber.warp and f.waits != "end"]
         if all(f.waits == "warp" and f.pc == fiber.pc for f in mine):
             self._merge(mine)
@@ -341,7 +355,9 @@ class Block:
         if not at or any(f.waits == "warp" for f in self.fibers):
             return
         if len({f.pc for f in at}) > 1 or any(f.waits == "end" for f in self.fibers):
-            raise SimulationError("threads wait at different barriers, or some have ended")
+            raise SimulationError(
+                "threads wait at different barriers, or some have ended"
+            )
         self._find_races()
         self.interval += 1
         self.launch.barriers += 1
@@ -353,11 +369,17 @@ class Block:
     def _find_races(self) -> None:
         for space, log in self.log.items():
             for _, which, thread, write, value in conflicts(log):
-                orders = {(thread[i] // LANES, log[w].order) for i, w in enumerate(which)}
+                orders = {
+                    (thread[i] // LANES, log[w].order) for i, w in enumerate(which)
+                }
                 warps = {warp for warp, _ in orders}
                 if len(warps) == 1 and len(orders) == len(which):
                     continue  # one warp, each access behind a warp barrier of its own
-                scope = "warps" if len({t // LANES for t in thread[write]} | warps) > 1 else "lanes"
+                scope = (
+                    "warps"
+                    if len({t // LANES for t in thread[write]} | warps) > 1
+                    else "lanes"
+                )
                 key = (self.index, self.interval) if space == "global" else None
                 self.launch._report(space, scope, log, which, thread, write, value, key)
         if self.launch.grid > 1:
@@ -368,16 +390,26 @@ class Block:
 
     # what instructions call
 
-    def load(self, space: str, pc: int, warp: Warp, mask: Array, at: Array, size: int) -> Array:
+    def load(
+        self, space: str, pc: int, warp: Warp, mask: Array, at: Array, size: int
+    ) -> Array:
         """[lanes] addresses -> [lanes, size] bytes; notes the access."""
         place = self.program.instructions[pc].place
         if space == "local":
             return warp.local[_local(warp, mask, at, size)]
-        values = (self.launch.memory if space == "global" else self.shared).load(at, size, place)
+        values = (self.launch.memory if space == "global" else self.shared).load(
+            at, size, place
+        )
         self.note(space, pc, warp, mask, False, at, values)
-        return self.poisoned(pc, warp.threads[mask], values) if self.launch.poison else values
+        return (
+            self.poisoned(pc, warp.threads[mask], values)
+            if self.launch.poison
+            else values
+        )
 
-    def store(self, space: str, pc: int, warp: Warp, mask: Array, at: Array, values: Array) -> None:
+    def store(
+        self, space: str, pc: int, warp: Warp, mask: Array, at: Array, values: Array
+    ) -> None:
         place = self.program.instructions[pc].place
         if space == "local":
             warp.local[_local(warp, mask, at, values.shape[1])] = values
@@ -387,7 +419,16 @@ class Block:
         memory.store(at[order], values[order], place)
         self.note(space, pc, warp, mask, True, at, values)
 
-    def note(self, space: str, pc: int, warp: Warp, lanes: Array, write: bool, address, values):
+    def note(
+        self,
+        space: str,
+        pc: int,
+        warp: Warp,
+        lanes: Array,
+        write: bool,
+        address,
+        values,
+    ):
         self.log[space].append(
             Access(pc, write, warp.threads[lanes], address, values.copy(), warp.order)
         )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in for a jitted kernel: compiled as a launch would specialise it, then simulated."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What stands in for a jitted kernel: compiled as a launch would specialise it, then
+simulated."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -9,15 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ptxsim
 import pytest
 import torch
-from pair import Pair
-from ptx_instructions import parse
-from triton_versions import Compiler
 
-from vllm.model_executor.layers.fused_moe.expert_slots.cuda import gather_kernel, manager
-from vllm.model_executor.layers.fused_moe.expert_slots.cuda.plan_kernel import plan_kernel
+from tests.ptx import ptxsim
+from tests.ptx.ptx_instructions import parse
+from tests.ptx.triton_versions import Compiler
+from tests.support.pair import Pair
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda import (
+    gather_kernel,
+    manager,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.plan_kernel import (
+    plan_kernel,
+)
 
 KERNELS = Path(gather_kernel.__file__).parent
 _TYPES = {torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
@@ -26,7 +33,11 @@ compiler = cache(Compiler)
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:
     whole = tensor.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8).set_(whole, 0, (whole.nbytes(),), (1,)).numpy()
+    return (
+        torch.empty(0, dtype=torch.uint8)
+        .set_(whole, 0, (whole.nbytes(),), (1,))
+        .numpy()
+    )
 
 
 class Simulated:
@@ -34,11 +45,13 @@ class Simulated:
 
     Attributes:
         reached: tensors that it reaches by address.
-        races: how many words raced, by kind. Reads of what another thread writes were shown not to
-            matter: with garbage in their place, the launch does the same.
+        races: how many words raced, by kind. Reads of what another thread writes were
+            shown not to matter: with garbage in their place, the launch does the same.
     """
 
-    def __init__(self, kernel: Any, path: Path, version: str, architecture: int, seed: int):
+    def __init__(
+        self, kernel: Any, path: Path, version: str, architecture: int, seed: int
+    ):
         self._kernel, self._path = kernel, path
         self._version, self._architecture = version, architecture
         self._rng = np.random.default_rng(seed)
@@ -52,12 +65,17 @@ class Simulated:
     def _launch(self, grid: int, arguments: tuple, options: dict[str, Any]) -> None:
         program, shared = self._program(arguments, dict(options))
         memory = ptxsim.Memory()
-        for tensor in (*(a for a in arguments if isinstance(a, torch.Tensor)), *self.reached):
+        for tensor in (
+            *(a for a in arguments if isinstance(a, torch.Tensor)),
+            *self.reached,
+        ):
             memory.add(_bytes(tensor))
         values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
 
         def run(poison: dict) -> ptxsim.Launch:
-            launch = ptxsim.Launch(program, memory, values, grid, shared, self._rng, poison)
+            launch = ptxsim.Launch(
+                program, memory, values, grid, shared, self._rng, poison
+            )
             launch.run()
             self.races.update(launch.races)
             return launch
@@ -74,7 +92,8 @@ class Simulated:
                 assert np.array_equal(buffer, expected), [*map(str, launch.races)]
 
     def _program(self, arguments: tuple, options: dict) -> tuple[ptxsim.Program, int]:
-        """As Triton specialises: by type, and by whether an address is a multiple of 16."""
+        """As Triton specialises: by type, and by whether an address is a multiple of
+        16."""
         num_warps, signature, aligned = options.pop("num_warps"), {}, []
         for name, value in zip(self._kernel.arg_names, arguments, strict=False):
             if isinstance(value, torch.Tensor):
@@ -93,7 +112,9 @@ class Simulated:
 
 
 @cache
-def _compiled(version: str, what: tuple, signature: tuple, constants: tuple, aligned: tuple):
+def _compiled(
+    version: str, what: tuple, signature: tuple, constants: tuple, aligned: tuple
+):
     path, kernel, architecture, num_warps = what
     ptx, shared = compiler(version).ptx(
         path=path,
@@ -118,7 +139,9 @@ def simulated(
     """Both kernels, which every layer's manager launches meanwhile."""
     plan = Simulated(plan_kernel, plan_source, version, architecture, seed)
     path = KERNELS / "gather_kernel.py"
-    gather = Simulated(gather_kernel.gather_kernel, path, version, architecture, seed + 1)
+    gather = Simulated(
+        gather_kernel.gather_kernel, path, version, architecture, seed + 1
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manager, "plan_kernel", plan)
         patch.setattr(gather_kernel, "gather_kernel", gather)
@@ -126,7 +149,9 @@ def simulated(
         yield plan, gather
 
 
-def make_pair(plan: Simulated, gather: Simulated, *arguments: Any, **options: Any) -> Pair:
+def make_pair(
+    plan: Simulated, gather: Simulated, *arguments: Any, **options: Any
+) -> Pair:
     pair = Pair(*arguments, **options)
     device = pair.device
     plan.reached = [device.counters.tensor]

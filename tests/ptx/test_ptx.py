@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled kernels' PTX, run as a GPU would run it (`ptxsim`), equals the reference after every
-step and has no race that matters, with every Triton that users have."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The compiled kernels' PTX, run as a GPU would run it (`ptxsim`), equals the reference
+after every step and has no race that matters, with every Triton that users have."""
 
 import random
 from dataclasses import dataclass
 
 import pytest
 import torch
-from pair import Pair, make_rows, make_store, routing
-from simulated import KERNELS, Simulated, make_pair, simulated
-from triton_versions import INSTALLED, RELEASES, VERSIONS, Compiler
 
+from tests.ptx.simulated import KERNELS, Simulated, make_pair, simulated
+from tests.ptx.triton_versions import INSTALLED, RELEASES, VERSIONS, Compiler
+from tests.support.pair import Pair, make_rows, make_store, routing
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
-from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import CudaSlotManager
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
+    CudaSlotManager,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory
 
 BARRIER = "tl.debug_barrier()"
@@ -58,7 +61,14 @@ ALL_CASES = [
     Case(version, architecture, *layer, policy, (1, 2, 1, 9, 20, 150), has_map=has_map)
     for version in VERSIONS
     for architecture in (80, 90, 120)
-    for layer in ((5, 3, 2), (60, 18, 4), (96, 40, 8), (128, 1, 1), (128, 127, 8), (512, 64, 10))
+    for layer in (
+        (5, 3, 2),
+        (60, 18, 4),
+        (96, 40, 8),
+        (128, 1, 1),
+        (128, 127, 8),
+        (512, 64, 10),
+    )
     for policy, has_map in (("lru", False), ("lfu", True))
 ]
 
@@ -73,7 +83,13 @@ def play(case: Case, plan: Simulated, gather: Simulated) -> Pair:
         here = torch.randperm(model, generator=generator)[: case.experts]
         expert_map[here] = torch.arange(case.experts, dtype=torch.int32)
     pair = make_pair(
-        plan, gather, case.experts, case.slots, case.policy, half_life=3, expert_map=expert_map
+        plan,
+        gather,
+        case.experts,
+        case.slots,
+        case.policy,
+        half_life=3,
+        expert_map=expert_map,
     )
     for step, tokens in enumerate(case.tokens):
         ids = routing(generator, tokens, model, case.top_k, case.skew)
@@ -91,11 +107,16 @@ def check_races(plan: Simulated, gather: Simulated) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [*CASES, *(pytest.param(c, marks=pytest.mark.exhaustive) for c in ALL_CASES)], ids=str
+    "case",
+    [*CASES, *(pytest.param(c, marks=pytest.mark.exhaustive) for c in ALL_CASES)],
+    ids=str,
 )
 def test_a_gpu_decides_and_copies_as_the_reference(case):
     seed = random.Random(str(case)).randrange(1 << 30)
-    with simulated(case.version, case.architecture, seed, case.programs) as (plan, gather):
+    with simulated(case.version, case.architecture, seed, case.programs) as (
+        plan,
+        gather,
+    ):
         play(case, plan, gather)
         check_races(plan, gather)
 
@@ -105,7 +126,13 @@ def test_steps_of_every_kind(version):
     """Hits alone, misses that fit, and misses that are staged, named and counted."""
     with simulated(version) as (plan, gather):
         pair = make_pair(plan, gather, 16, 6, "lru")
-        for experts in ([0, 5], [7, 1], [2, 9], [8, 9, 10, 11], [0, 1, 2, 3, 4, 5, 6, 7]):
+        for experts in (
+            [0, 5],
+            [7, 1],
+            [2, 9],
+            [8, 9, 10, 11],
+            [0, 1, 2, 3, 4, 5, 6, 7],
+        ):
             pair.step(torch.tensor([experts], dtype=torch.int32))
         pair.step(torch.full((4, 2), -1, dtype=torch.int32))
         counters = pair.device.counters
@@ -117,7 +144,9 @@ def test_steps_of_every_kind(version):
 def test_gather_copies_rows_of_several_units():
     with simulated(INSTALLED, programs=6) as (_, gather):
         store = make_store(8, width=2500)
-        device = CudaSlotManager(MoEPrefetchConfig(slots=3), make_rows(store, 3, HostMemory()))
+        device = CudaSlotManager(
+            MoEPrefetchConfig(slots=3), make_rows(store, 3, HostMemory())
+        )
         gather.reached = [*store.tensors.values(), *device.rows.tensors.values()]
         device.num_loads.fill_(2)
         device.load_experts[:2] = torch.tensor([6, 4])
@@ -129,20 +158,26 @@ def test_gather_copies_rows_of_several_units():
 
 
 def test_missing_barriers_are_noticed(tmp_path):
-    """What the other tests find nothing with would find it. All at once: Triton puts barriers of
-    its own around what passes through shared memory, and one of ours may lie beside one."""
+    """What the other tests find nothing with would find it. All at once: Triton puts
+    barriers of its own around what passes through shared memory, and one of ours may
+    lie beside one."""
     source = tmp_path / "plan_without_barriers.py"
     source.write_text((KERNELS / "plan_kernel.py").read_text().replace(BARRIER, "pass"))
     case = Case(INSTALLED, 90, 64, 24, 8, "lfu", (2, 3, 30, 3), 0.02)
     with (
         pytest.raises(AssertionError),
-        simulated(case.version, case.architecture, 0, plan_source=source) as (plan, gather),
+        simulated(case.version, case.architecture, 0, plan_source=source) as (
+            plan,
+            gather,
+        ),
     ):
         play(case, plan, gather)
         check_races(plan, gather)
 
 
-@pytest.mark.parametrize(("version", "expected"), [*zip(RELEASES, RELEASES, strict=True)])
+@pytest.mark.parametrize(
+    ("version", "expected"), [*zip(RELEASES, RELEASES, strict=True)]
+)
 def test_the_releases_compile(version, expected):
     """Not the installed Triton under another's name."""
     process = Compiler(version)

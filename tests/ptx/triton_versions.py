@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles kernels with the Triton of each torch that users have, in a process per version.
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Compiles kernels with the Triton of each torch that users have, in a process per
+version.
 
-A process reads requests on its standard input, one JSON line each, and answers with the path of a
-file that holds PTX; it needs no GPU.
+A process reads requests on its standard input, one JSON line each, and answers with the
+path of a file that holds PTX; it needs no GPU.
 """
 
 import json
@@ -22,14 +24,15 @@ RELEASES = {"3.7.1": "torch 2.13, vLLM 0.32", "3.8.0": "torch 2.14, vLLM 0.33"}
 INSTALLED = "installed"
 VERSIONS = (*RELEASES, INSTALLED)
 CACHE = Path(sys.prefix) / "triton-releases"
-_BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def environment(version: str) -> dict[str, str]:
     """The environment of a process that compiles with that version."""
     found = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     first = [] if version == INSTALLED else [str(_release(version))]
-    found["PYTHONPATH"] = os.pathsep.join([*first, *filter(None, [found.get("PYTHONPATH")])])
+    found["PYTHONPATH"] = os.pathsep.join(
+        [*first, *filter(None, [found.get("PYTHONPATH")])]
+    )
     return found
 
 
@@ -42,16 +45,30 @@ def _release(version: str) -> Path:
     home = CACHE / version
     if not home.is_dir():
         CACHE.mkdir(exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "download",
+            "--quiet",
+        ]
         with tempfile.TemporaryDirectory(dir=CACHE) as work:
             result = subprocess.run(
-                [*pip, "--no-deps", "--only-binary=:all:", f"--dest={work}", f"triton=={version}"],
+                [
+                    *pip,
+                    "--no-deps",
+                    "--only-binary=:all:",
+                    f"--dest={work}",
+                    f"triton=={version}",
+                ],
                 capture_output=True,
                 text=True,
             )
             if result.returncode:
                 raise RuntimeError(
-                    f"Triton {version} ({RELEASES[version]}) is needed to compile our kernels as "
+                    f"Triton {version} ({RELEASES[version]}) is needed to compile our "
+                    f"kernels as "
                     f"users do, and pip could not download it:\n{result.stderr[-1000:]}"
                 )
             (wheel,) = Path(work).glob("*.whl")
@@ -70,7 +87,7 @@ class Compiler:
 
     def __init__(self, version: str):
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, "-m", "tests.ptx.triton_versions"],
             env=environment(version),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -103,10 +120,12 @@ def _compile(
     architecture: int,
     num_warps: int,
 ) -> tuple[str, int]:
-    from compile_kernels import compile_with
+    from tools.compile_kernels import compile_with
 
     function = _module(path)[kernel]
-    made = compile_with(function, signature, constants, aligned, architecture, num_warps)
+    made = compile_with(
+        function, signature, constants, aligned, architecture, num_warps
+    )
     return made.asm["ptx"], made.metadata.shared
 
 
@@ -125,7 +144,6 @@ def _module(path: str) -> dict[str, Any]:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what others print is no answer
-    sys.path.insert(0, str(_BENCHMARKS))
     import triton
 
     print(json.dumps(triton.__version__), file=answers, flush=True)

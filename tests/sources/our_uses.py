@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Walks our sources and holds every use of vLLM against a tree of its sources: each name imported,
-each attribute read off it, each call, and each method that stands in for one of vLLM's."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Walks our sources and holds every use of vLLM against a tree of its sources: each
+name imported, each attribute read off it, each call, and each method that stands in for
+one of vLLM's."""
 
 import ast
 import inspect
@@ -10,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_tree import Found, Missing, Tree, own_names, statements
+from tests.sources.vllm_tree import Found, Missing, Tree, own_names, statements
 
 SWITCH = "VLLM_0_33"
 """`if VLLM_0_33:` in our sources is followed as the version in question would."""
@@ -18,8 +20,8 @@ SWITCH = "VLLM_0_33"
 
 @dataclass(frozen=True)
 class Value:
-    """What an expression of ours is: a definition of vLLM's, or an instance of a class of its, or a
-    method bound to one (`skip` leading parameters are filled in)."""
+    """What an expression of ours is: a definition of vLLM's, or an instance of a class
+    of its, or a method bound to one (`skip` leading parameters are filled in)."""
 
     found: Found
     instance: bool = False
@@ -36,8 +38,8 @@ class OurClass:
 
 @dataclass
 class Uses:
-    """What was found: `imported` definitions by where we import them, the number of `calls` that
-    were bound to a signature, and the `problems`."""
+    """What was found: `imported` definitions by where we import them, the number of
+    `calls` that were bound to a signature, and the `problems`."""
 
     imported: dict[str, Found] = field(default_factory=dict)
     calls: int = 0
@@ -54,8 +56,12 @@ class Checker:
         self._classes: dict[str, OurClass] = {}
 
     def run(self) -> Uses:
-        modules = [m for package in self.packages for m in _modules(self.ours.root, package)]
-        parsed = {m: self._prune(ast.parse(self.ours.path(m).read_text())) for m in modules}
+        modules = [
+            m for package in self.packages for m in _modules(self.ours.root, package)
+        ]
+        parsed = {
+            m: self._prune(ast.parse(self.ours.path(m).read_text())) for m in modules
+        }
         for module, body in parsed.items():
             self._collect_classes(module, body)
         self._settle_bases()
@@ -104,24 +110,34 @@ class Checker:
                         continue
                     cls.names |= ours.names
                     for one, other in ((cls, ours), (ours, cls)):
-                        one.vllm_bases += [b for b in other.vllm_bases if b not in one.vllm_bases]
+                        one.vllm_bases += [
+                            b for b in other.vllm_bases if b not in one.vllm_bases
+                        ]
 
     # The walk.
 
     def _problem(self, node: ast.AST, text: object) -> None:
-        self.uses.problems.append(f"{self._module}:{getattr(node, 'lineno', '?')}: {text}")
+        self.uses.problems.append(
+            f"{self._module}:{getattr(node, 'lineno', '?')}: {text}"
+        )
 
-    def _block(self, body: list[ast.stmt], env: dict[str, Any], cls: OurClass | None) -> None:
+    def _block(
+        self, body: list[ast.stmt], env: dict[str, Any], cls: OurClass | None
+    ) -> None:
         for node in body:
             self._statement(node, env, cls)
 
-    def _statement(self, node: ast.stmt, env: dict[str, Any], cls: OurClass | None) -> None:
+    def _statement(
+        self, node: ast.stmt, env: dict[str, Any], cls: OurClass | None
+    ) -> None:
         if isinstance(node, ast.ImportFrom | ast.Import):
             self._import(node, env)
         elif isinstance(node, ast.ClassDef):
             for inner in node.body:
                 if isinstance(inner, ast.FunctionDef):
-                    self._function(inner, env, self._classes.get(node.name), method=True)
+                    self._function(
+                        inner, env, self._classes.get(node.name), method=True
+                    )
                 else:
                     self._statement(inner, dict(env), None)
         elif isinstance(node, ast.FunctionDef):
@@ -136,7 +152,9 @@ class Checker:
                 self._bind(target, self._value(node.value, env, cls), env, cls)
         elif isinstance(node, ast.AnnAssign):
             value = node.value and self._value(node.value, env, cls)
-            self._bind(node.target, value or self._annotated(node.annotation, env), env, cls)
+            self._bind(
+                node.target, value or self._annotated(node.annotation, env), env, cls
+            )
         else:
             for name, part in ast.iter_fields(node):
                 for item in part if isinstance(part, list) else [part]:
@@ -154,7 +172,9 @@ class Checker:
             elif isinstance(child, ast.expr):
                 self._value(child, env, cls)
 
-    def _bind(self, target: ast.expr, value: Any, env: dict[str, Any], cls: Any) -> None:
+    def _bind(
+        self, target: ast.expr, value: Any, env: dict[str, Any], cls: Any
+    ) -> None:
         if isinstance(target, ast.Name):
             env[target.id] = value
         elif isinstance(target, ast.Tuple):
@@ -168,7 +188,9 @@ class Checker:
             module = node.module if isinstance(node, ast.ImportFrom) else alias.name
             name = alias.name if isinstance(node, ast.ImportFrom) else ""
             bound, value = alias.asname or alias.name, None
-            if module.partition(".")[0] == "vllm" and not self._is_ours(f"{module}.{name}"):
+            if module.partition(".")[0] == "vllm" and not self._is_ours(
+                f"{module}.{name}"
+            ):
                 if self._is_ours(module):
                     env[bound] = None
                     continue
@@ -194,15 +216,24 @@ class Checker:
     ) -> None:
         env[node.name] = None
         inner = dict(env)
-        for argument in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]:
-            inner[argument.arg] = argument.annotation and self._annotated(argument.annotation, env)
+        for argument in [
+            *node.args.posonlyargs,
+            *node.args.args,
+            *node.args.kwonlyargs,
+        ]:
+            inner[argument.arg] = argument.annotation and self._annotated(
+                argument.annotation, env
+            )
         static = any(ast.unparse(d) == "staticmethod" for d in node.decorator_list)
         if method and cls is not None and not static:
             inner[node.args.args[0].arg] = cls
             for base in cls.vllm_bases:
                 self._override(node, self._member(base, node.name))
         for decorator in node.decorator_list:
-            if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "functools.wraps":
+            if (
+                isinstance(decorator, ast.Call)
+                and ast.unparse(decorator.func) == "functools.wraps"
+            ):
                 wrapped = self._value(decorator.args[0], env, cls)
                 self._override(node, wrapped.found if wrapped else None)
         self._block(node.body, inner, cls)
@@ -218,7 +249,9 @@ class Checker:
             return self._call(node, env, cls)
         if isinstance(node, ast.Lambda):
             env = {**env, **{a.arg: None for a in node.args.args}}
-        elif isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+        elif isinstance(
+            node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+        ):
             env = dict(env)
             for generator in node.generators:
                 self._value(generator.iter, env, cls)
@@ -244,9 +277,15 @@ class Checker:
             return None
         if node.attr == "__func__":
             return Value(value.found)
-        if node.attr.startswith("__") and node.attr.endswith("__") and node.attr != "__version__":
+        if (
+            node.attr.startswith("__")
+            and node.attr.endswith("__")
+            and node.attr != "__version__"
+        ):
             return None
-        if value.found.is_function or isinstance(value.found.node, ast.Assign | ast.AnnAssign):
+        if value.found.is_function or isinstance(
+            value.found.node, ast.Assign | ast.AnnAssign
+        ):
             return None
         member = self._member(value.found, node.attr)
         if member is None:
@@ -274,7 +313,11 @@ class Checker:
             return Value(member, skip=int(not member.decorated("staticmethod")))
         if isinstance(node, ast.AnnAssign):
             return self._instance(member.module, node.annotation)
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and member.owner:
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Name)
+            and member.owner
+        ):
             init = self._member(member.owner, "__init__")
             arguments = init.node.args.args if init and init.is_function else []
             for argument in arguments:
@@ -287,7 +330,11 @@ class Checker:
             found = self.tree.expression(module, annotation)
         except Missing:
             return None
-        return Value(found, instance=True) if isinstance(found.node, ast.ClassDef) else None
+        return (
+            Value(found, instance=True)
+            if isinstance(found.node, ast.ClassDef)
+            else None
+        )
 
     def _annotated(self, annotation: ast.expr, env: dict[str, Any]) -> Value | None:
         if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
@@ -305,7 +352,10 @@ class Checker:
         for argument in [*node.args, *(keyword.value for keyword in node.keywords)]:
             starred = isinstance(argument, ast.Starred)
             self._value(argument.value if starred else argument, env, cls)
-        if isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "super()":
+        if (
+            isinstance(node.func, ast.Attribute)
+            and ast.unparse(node.func.value) == "super()"
+        ):
             for base in cls.vllm_bases if cls else ():
                 member = self._member(base, node.func.attr)
                 if member is None:
@@ -314,7 +364,11 @@ class Checker:
                     self._bind_call(node, member, 1)
             return None
         value = self._value(node.func, env, cls)
-        if not isinstance(value, Value) or value.instance or value.found.outside is not None:
+        if (
+            not isinstance(value, Value)
+            or value.instance
+            or value.found.outside is not None
+        ):
             return None
         self._bind_call(node, value.found, value.skip)
         if value.found.is_class:
@@ -344,7 +398,9 @@ class Checker:
             return
         self.uses.overrides += 1
         for reason in incompatible(self.ours.signature(Found("", node)), stock):
-            self._problem(node, f"{node.name} stands in for {found.name}{stock}: {reason}")
+            self._problem(
+                node, f"{node.name} stands in for {found.name}{stock}: {reason}"
+            )
 
 
 def incompatible(ours: inspect.Signature, stock: inspect.Signature) -> Iterator[str]:

@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every use that we make of vLLM holds in the sources of each supported version, read and never
-imported: the seams, every name, attribute and call, and every method that stands in for one."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Every use that we make of vLLM holds in the sources of each supported version, read
+and never imported: the seams, every name, attribute and call, and every method that
+stands in for one."""
 
 from pathlib import Path
 
 import pytest
-from our_uses import Checker, Uses
-from vllm_release import sources
-from vllm_tree import Missing, Tree
 
-from vllm.plugins.moe_gpu_prefetch.seams import SEAMS, SUPPORTED
+from tests.sources.our_uses import Checker, Uses
+from tests.sources.vllm_release import sources
+from tests.sources.vllm_tree import Missing, Tree
+from vllm.plugins.moe_gpu_prefetch.stock.seams import SEAMS, SUPPORTED
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PACKAGES = ("vllm.model_executor.layers.fused_moe.expert_slots", "vllm.plugins.moe_gpu_prefetch")
+PACKAGES = (
+    "vllm.model_executor.layers.fused_moe.expert_slots",
+    "vllm.plugins.moe_gpu_prefetch",
+)
 VERSIONS = ("0.32.0", "0.33.0")
 
 PUBLIC = {
@@ -71,12 +76,15 @@ def test_every_seam_is_there(version, tree):
             continue
         if seam.parameters:
             missing = set(seam.parameters) - set(tree.signature(found).parameters)
-            problems += [f"{seam.target} takes no {name}; it {seam.reason}" for name in missing]
+            problems += [
+                f"{seam.target} takes no {name}; it {seam.reason}" for name in missing
+            ]
     assert not problems, "\n".join(problems)
 
 
 def test_every_name_attribute_call_and_override_fits(uses):
-    """Imports resolve, attributes exist, arguments bind, our methods are called as stock's."""
+    """Imports resolve, attributes exist, arguments bind, our methods are called as
+    stock's."""
     assert not uses.problems, "\n".join(uses.problems)
     assert len(uses.imported) > 40 and uses.calls > 50 and uses.overrides >= 10
 
@@ -94,7 +102,8 @@ def test_every_name_that_we_import_is_a_seam(version, tree, uses):
     missing = {
         name
         for name, found in uses.imported.items()
-        if (found.module, getattr(found.node, "lineno", 0)) not in known and found not in public
+        if (found.module, getattr(found.node, "lineno", 0)) not in known
+        and found not in public
     }
     assert not missing
 
@@ -177,21 +186,38 @@ def test_what_fits_is_accepted(tmp_path):
             "topk, weights",
             "forward(self, x, topk, weights): has weights where stock has topk",
         ),
-        ("weights, ids=None", "weights, *, table=0", "unexpected keyword argument 'ids'"),
+        (
+            "weights, ids=None",
+            "weights, *, table=0",
+            "unexpected keyword argument 'ids'",
+        ),
         (
             "x, scale=1",
             "x, factor=1",
             "step(self, x, factor=None): has scale where stock has factor",
         ),
         ("x, scale=1", "x, scale=1, bias=0", "takes no bias"),
-        ("def inherited(self, a", "def inherited(self, a, c", "missing a required argument: 'c'"),
-        ("def inherited", "def renamed", "self.inherited is neither ours nor of vllm.home:Layer"),
-        ("self.config = config", "self.settings = config", "vllm.home:Layer has no config"),
+        (
+            "def inherited(self, a",
+            "def inherited(self, a, c",
+            "missing a required argument: 'c'",
+        ),
+        (
+            "def inherited",
+            "def renamed",
+            "self.inherited is neither ours nor of vllm.home:Layer",
+        ),
+        (
+            "self.config = config",
+            "self.settings = config",
+            "vllm.home:Layer has no config",
+        ),
         ("class Layer(Base)", "class Layer", "self.config is neither ours nor of"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, old, new, problem):
-    """Each way in which a version may differ is noticed, with the place and the name."""
+    """Each way in which a version may differ is noticed, with the place and the
+    name."""
     assert old in STOCK["vllm/home.py"]
     changed = {**STOCK, "vllm/home.py": STOCK["vllm/home.py"].replace(old, new)}
     found = "\n".join(problems(tmp_path, changed).problems)
@@ -201,7 +227,9 @@ def test_what_does_not_fit_is_named(tmp_path, old, new, problem):
 def test_branches_are_followed_as_the_version_would(tmp_path):
     """`if VLLM_0_33:` hides from each version what is for the other."""
     ours = (
-        OURS + "\nif VLLM_0_33:\n    from vllm.home import run\nelse:\n    from vllm.old import x\n"
+        OURS
+        + "\nif VLLM_0_33:\n    from vllm.home import run\n"
+        + "else:\n    from vllm.old import x\n"
     )
     assert not problems(tmp_path, ours=ours).problems
     old = Checker(Tree(tmp_path), Tree(tmp_path), ("ours",), newer=False).run().problems

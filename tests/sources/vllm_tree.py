@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds names, members and signatures in a tree of Python sources without importing any of it."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Finds names, members and signatures in a tree of Python sources without importing any
+of it."""
 
 import ast
 import importlib
@@ -19,8 +21,8 @@ class Missing(LookupError):
 
 @dataclass(frozen=True)
 class Found:
-    """A definition: where it stands and its node; `node` is None for a module, `outside` is the
-    object itself where a name comes from another package."""
+    """A definition: where it stands and its node; `node` is None for a module,
+    `outside` is the object itself where a name comes from another package."""
 
     module: str
     node: ast.AST | None = None
@@ -58,11 +60,13 @@ class Tree:
     def path(self, module: str) -> Path | None:
         base = self.root.joinpath(*module.split("."))
         return next(
-            (p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()), None
+            (p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()),
+            None,
         )
 
     def find(self, module: str, qualname: str = "") -> Found:
-        """The definition behind a name of a module, through re-exports, and its members.
+        """The definition behind a name of a module, through re-exports, and its
+        members.
 
         Raises:
             Missing: it is not there; says which part.
@@ -92,7 +96,9 @@ class Tree:
             alias = next(a for a in node.names if (a.asname or a.name) == name)
             return self._imported(self._source(module, node), alias.name)
         if isinstance(node, ast.Import):
-            alias = next(a for a in node.names if (a.asname or a.name.partition(".")[0]) == name)
+            alias = next(
+                a for a in node.names if (a.asname or a.name.partition(".")[0]) == name
+            )
             return self._imported(alias.name if alias.asname else name, "")
         if node is not None:
             return Found(module, node)
@@ -146,11 +152,15 @@ class Tree:
     def expression(self, module: str, expression: ast.expr) -> Found:
         """What a dotted name, or the part of an annotation that says it, stands for."""
         if isinstance(expression, ast.Constant) and isinstance(expression.value, str):
-            return self.expression(module, ast.parse(expression.value, mode="eval").body)
+            return self.expression(
+                module, ast.parse(expression.value, mode="eval").body
+            )
         if isinstance(expression, ast.Name):
             return self._of_module(module, expression.id)
         if isinstance(expression, ast.Attribute):
-            return self.attribute(self.expression(module, expression.value), expression.attr)
+            return self.attribute(
+                self.expression(module, expression.value), expression.attr
+            )
         if isinstance(expression, ast.Subscript):
             return self.expression(module, expression.value)
         if isinstance(expression, ast.BinOp):
@@ -174,8 +184,8 @@ class Tree:
         raise Missing(f"{cls.name} has no {name}")
 
     def signature(self, found: Found) -> inspect.Signature | None:
-        """What a function or a class takes, a method's `self` included, a constructor's not; None
-        where it cannot be told."""
+        """What a function or a class takes, a method's `self` included, a constructor's
+        not; None where it cannot be told."""
         if found.outside is not None:
             return None
         if found.is_function:
@@ -194,7 +204,9 @@ class Tree:
         names: dict[str, bool] = {}
         for base in reversed([cls, *self.bases(cls)]):
             for node in getattr(base.node, "body", ()):
-                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                if isinstance(node, ast.AnnAssign) and isinstance(
+                    node.target, ast.Name
+                ):
                     names[node.target.id] = node.value is not None
         kind = inspect.Parameter.KEYWORD_ONLY
         return inspect.Signature(
@@ -230,10 +242,17 @@ def _bound(node: ast.AST) -> list[str]:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
     if isinstance(node, ast.ImportFrom):
-        return [f"*{node.lineno}" if a.name == "*" else a.asname or a.name for a in node.names]
+        return [
+            f"*{node.lineno}" if a.name == "*" else a.asname or a.name
+            for a in node.names
+        ]
     if isinstance(node, ast.Import):
         return [a.asname or a.name.partition(".")[0] for a in node.names]
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    targets = (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [getattr(node, "target", None)]
+    )
     return [t.id for t in targets if isinstance(t, ast.Name)]
 
 
@@ -243,7 +262,9 @@ def _set_on_self(node: ast.AST) -> list[str]:
         targets = [t for target in targets for t in getattr(target, "elts", [target])]
         attributes = [t for t in targets if isinstance(t, ast.Attribute)]
         return [
-            t.attr for t in attributes if isinstance(t.value, ast.Name) and t.value.id == "self"
+            t.attr
+            for t in attributes
+            if isinstance(t.value, ast.Name) and t.value.id == "self"
         ]
     if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in (
         "register_buffer",
@@ -266,12 +287,16 @@ def _signature(node: Any) -> inspect.Signature:
     for i, argument in enumerate(positional):
         only = i < len(arguments.posonlyargs)
         kind = (
-            inspect.Parameter.POSITIONAL_ONLY if only else inspect.Parameter.POSITIONAL_OR_KEYWORD
+            inspect.Parameter.POSITIONAL_ONLY
+            if only
+            else inspect.Parameter.POSITIONAL_OR_KEYWORD
         )
         add(argument, kind, i >= required)
     if arguments.vararg:
         add(arguments.vararg, inspect.Parameter.VAR_POSITIONAL, False)
-    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+    for argument, default in zip(
+        arguments.kwonlyargs, arguments.kw_defaults, strict=True
+    ):
         add(argument, inspect.Parameter.KEYWORD_ONLY, default is not None)
     if arguments.kwarg:
         add(arguments.kwarg, inspect.Parameter.VAR_KEYWORD, False)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Staged rows are one memory, slots are not; it is as large as said, and nothing is left of it."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Staged rows are one memory, slots are not; it is as large as said, and nothing is
+left of it."""
 
 import ctypes
 import errno
@@ -13,12 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_driver import _NAMES, FakeDriver, _real, device_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.fake_driver import _NAMES, FakeDriver, _real, device_memory
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
-from vllm.model_executor.layers.fused_moe.expert_slots.weights import driver as driver_module
+from vllm.model_executor.layers.fused_moe.expert_slots.weights import (
+    driver as driver_module,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights import elastic
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.driver import (
     Driver,
@@ -57,9 +61,13 @@ def nothing_left(driver):
 @pytest.mark.parametrize("row_bytes", [64 << 10, 4096, 5000, 66_000, 200, 300_001, 1])
 @pytest.mark.parametrize("count,staged", [(8, 0), (8, 1), (8, 7), (64, 48), (5, 4)])
 def test_staging_is_shared_and_slots_are_not(backend, row_bytes, count, staged):
-    """Whole pages of the staged rows are shared with tensors of the same role, no other byte is."""
+    """Whole pages of the staged rows are shared with tensors of the same role, no other
+    byte is."""
     memory = make(backend)
-    tensors = [rows_of(memory, role, count, staged, row_bytes) for role in ("w", "w", "w", "w2")]
+    tensors = [
+        rows_of(memory, role, count, staged, row_bytes)
+        for role in ("w", "w", "w", "w2")
+    ]
     shared, private = split(count, staged, row_bytes, memory.page)
     for i, tensor in enumerate(tensors):
         tensor.fill_(i + 1)
@@ -74,7 +82,8 @@ def test_staging_is_shared_and_slots_are_not(backend, row_bytes, count, staged):
 
 
 def test_a_step_of_every_layer_reads_what_it_loaded(backend):
-    """The use: each layer loads staged rows and reads them before the next does; slots stay."""
+    """The use: each layer loads staged rows and reads them before the next does; slots
+    stay."""
     memory, generator = make(backend), torch.Generator().manual_seed(0)
     count, staged, row = 16, 11, 70_001
 
@@ -145,7 +154,11 @@ def test_a_tensor_like_any_other(backend, dtype):
     """A parameter can take it for its data."""
     memory = make(backend)
     tensor = memory.tensor("w", (8, 3, 50_000), dtype, staged=6)
-    assert tensor.shape == (8, 3, 50_000) and tensor.dtype == dtype and tensor.is_contiguous()
+    assert (
+        tensor.shape == (8, 3, 50_000)
+        and tensor.dtype == dtype
+        and tensor.is_contiguous()
+    )
     assert tensor.data_ptr() % memory.page == 0 and memory.committed
     parameter = torch.nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
     parameter.data = tensor
@@ -180,7 +193,8 @@ def test_bad_sizes(backend, staged, count, row):
 
 @given(needs=st.lists(st.integers(0, 3000), max_size=8))
 def test_handles_fit_every_need(needs):
-    """Exactly; equal needs use equal handles; one need adds few; all cost about the largest."""
+    """Exactly; equal needs use equal handles; one need adds few; all cost about the
+    largest."""
     sizes, seen = [], {}
     for need in needs:
         taken, new = fit(sizes, need * 4096, 4096)
@@ -195,7 +209,8 @@ def test_handles_fit_every_need(needs):
 
 
 def test_the_first_need_makes_sixteen_handles_and_a_rest_makes_one():
-    """Few to map for every tensor, and enough for another need to find most of its bytes."""
+    """Few to map for every tensor, and enough for another need to find most of its
+    bytes."""
     page = 4096
     assert fit([], 162 * page, page) == ([], [11 * page] * 14 + [8 * page])
     assert fit([], 3 * page, page) == ([], [page] * 3)
@@ -211,7 +226,9 @@ def test_staging_costs_the_largest_need_and_not_the_sum(backend):
     for i, tensor in enumerate(tensors):
         tensor[model[i % 4][1] :] = i
     private = 3 * sum(split(*one, page)[1] for one in model)
-    assert memory.committed - private == 118 * page  # the needs: 112, 56, 96 and 62 pages
+    assert (
+        memory.committed - private == 118 * page
+    )  # the needs: 112, 56, 96 and 62 pages
     for i, tensor in enumerate(tensors):
         assert (tensor[model[i % 4][1] :] == i).all()
 
@@ -235,7 +252,9 @@ def test_the_plan_counts_what_is_committed(kind, layout):
     memory = make(kind)
     tensors = [rows_of(memory, *one) for one in layout]
     shares = [split(*one[1:], memory.page)[0] > 0 for one in layout]
-    plain = sum(t.numel() for t, shared in zip(tensors, shares, strict=True) if not shared)
+    plain = sum(
+        t.numel() for t, shared in zip(tensors, shares, strict=True) if not shared
+    )
     assert committed_bytes(layout, memory.page) == memory.committed + plain
 
 
@@ -243,7 +262,9 @@ def test_the_plan_counts_what_is_committed(kind, layout):
 
 
 def test_a_device_without_virtual_memory_management_is_refused():
-    with pytest.raises(MoEPrefetchError, match=r"GPU 0 has no virtual memory management.*without"):
+    with pytest.raises(
+        MoEPrefetchError, match=r"GPU 0 has no virtual memory management.*without"
+    ):
         device_memory(FakeDriver(supported=False))
 
 
@@ -252,7 +273,9 @@ def test_a_fractional_gpu_is_refused():
     driver = FakeDriver()
     answer = driver.error.CUDA_ERROR_NOT_SUPPORTED
     driver.cuMemGetAllocationGranularity = lambda *arguments: (answer, 0)
-    with pytest.raises(MoEPrefetchError, match=r"NOT_SUPPORTED.*A40-48C.*--moe-gpu-prefetch"):
+    with pytest.raises(
+        MoEPrefetchError, match=r"NOT_SUPPORTED.*A40-48C.*--moe-gpu-prefetch"
+    ):
         device_memory(driver)
     answer = driver.error.CUDA_ERROR_INVALID_VALUE
     with pytest.raises(DriverError, match="Granularity: CUDA_ERROR_INVALID_VALUE"):
@@ -278,7 +301,9 @@ def test_out_of_memory_leaves_nothing_behind():
     driver = FakeDriver(memory=3 << 20)
     memory = device_memory(driver)
     kept = [rows_of(memory, "w", 4, 3, 1 << 19)]
-    with pytest.raises(MoEPrefetchError, match=r"no 524,288 bytes left.*OUT_OF_MEMORY.*fewer"):
+    with pytest.raises(
+        MoEPrefetchError, match=r"no 524,288 bytes left.*OUT_OF_MEMORY.*fewer"
+    ):
         while True:
             kept.append(rows_of(memory, "w", 4, 3, 1 << 19))
     assert driver.used == memory.committed and len(driver.reservations) == len(kept)
@@ -365,7 +390,9 @@ def test_failure_of_the_host_leaves_nothing_behind(monkeypatch):
 
 
 def test_more_host_memory_than_there_is_is_refused():
-    with pytest.raises(MoEPrefetchError, match=r"cannot be mapped: Cannot allocate.*ulimit"):
+    with pytest.raises(
+        MoEPrefetchError, match=r"cannot be mapped: Cannot allocate.*ulimit"
+    ):
         HostMemory().rows("w", 8, 0, 1 << 58)
 
 
@@ -441,7 +468,8 @@ def on_a_thread(action):
 
 
 def test_collected_on_another_thread_while_this_one_captures():
-    """The other thread does not see the capture, and would spoil it. This one frees later."""
+    """The other thread does not see the capture, and would spoil it. This one frees
+    later."""
     driver = FakeDriver()
     main = threading.current_thread()
     captures = lambda: driver.capturing and threading.current_thread() is main  # noqa: E731
@@ -501,7 +529,8 @@ def test_every_map_is_a_whole_handle_at_offset_zero():
 
 @pytest.mark.parametrize("copies", [False, True])
 def test_torch_takes_device_memory_as_it_is(monkeypatch, copies):
-    """By CUDA's protocol and with the device named: without it torch would return a copy."""
+    """By CUDA's protocol and with the device named: without it torch would return a
+    copy."""
     memory, seen, kept = device_memory(FakeDriver()), [], []
     memory.torch_device = torch.device("cuda", 0)
 
@@ -509,7 +538,9 @@ def test_torch_takes_device_memory_as_it_is(monkeypatch, copies):
         assert not hasattr(holder, "__array_interface__")
         seen.append((holder.__cuda_array_interface__, device))
         (size,), (address, _) = (seen[0][0][name] for name in ("shape", "data"))
-        flat = torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
+        flat = torch.frombuffer(
+            (ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8
+        )
         kept.append(holder)  # as torch keeps it
         return flat.clone() if copies else flat
 
@@ -521,15 +552,25 @@ def test_torch_takes_device_memory_as_it_is(monkeypatch, copies):
     tensor = memory.tensor("w", (8, 1 << 15), torch.bfloat16, 6)
     ((interface, device),) = seen
     assert interface["shape"] == (8 << 16,) and interface["typestr"] == "|u1"
-    assert interface["data"] == (tensor.data_ptr(), False) and device == torch.device("cuda", 0)
+    assert interface["data"] == (tensor.data_ptr(), False) and device == torch.device(
+        "cuda", 0
+    )
 
 
 def test_an_error_has_its_name():
     driver = Driver(FakeDriver())
-    with pytest.raises(DriverError, match="refused cuMemCreate: CUDA_ERROR_INVALID_VALUE") as said:
+    with pytest.raises(
+        DriverError, match="refused cuMemCreate: CUDA_ERROR_INVALID_VALUE"
+    ) as said:
         driver.call("cuMemCreate", 0, None, 0)
-    assert (said.value.call, said.value.error) == ("cuMemCreate", "CUDA_ERROR_INVALID_VALUE")
-    driver.module.cuGetErrorName = lambda error: (driver.module.CUresult.CUDA_SUCCESS, None)
+    assert (said.value.call, said.value.error) == (
+        "cuMemCreate",
+        "CUDA_ERROR_INVALID_VALUE",
+    )
+    driver.module.cuGetErrorName = lambda error: (
+        driver.module.CUresult.CUDA_SUCCESS,
+        None,
+    )
     with pytest.raises(DriverError, match="error 1"):
         driver.call("cuMemCreate", 0, None, 0)
 
@@ -610,7 +651,9 @@ def test_host_memory_is_counted_once():
 
     def smaps():
         text = Path("/proc/self/smaps_rollup").read_text()
-        return {k: int(v) << 10 for k, v in re.findall(r"^(\w+):\s+(\d+) kB", text, re.M)}
+        return {
+            k: int(v) << 10 for k, v in re.findall(r"^(\w+):\s+(\d+) kB", text, re.M)
+        }
 
     memory, before = HostMemory(), smaps()
     layers = [rows_of(memory, "w", 64, 48, 1 << 16) for _ in range(12)]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is pinned has pages of its own, is unpinned before its address can come again, and is said
-to be refused for the reason that CUDA gives."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What is pinned has pages of its own, is unpinned before its address can come again,
+and is said to be refused for the reason that CUDA gives."""
 
 import gc
 import mmap
@@ -10,8 +11,8 @@ import sys
 
 import pytest
 import torch
-from fake_driver import FakeDriver, device_memory
 
+from tests.support.fake_driver import FakeDriver, device_memory
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import (
     DIRECTORY_VARIABLE,
@@ -20,8 +21,13 @@ from vllm.model_executor.layers.fused_moe.expert_slots.counters import (
     read_counters,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import StepPlan
-from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import shared_store
-from vllm.model_executor.layers.fused_moe.expert_slots.weights import elastic, host_pages
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.store import (
+    shared_store,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.weights import (
+    elastic,
+    host_pages,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.driver import DriverError
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
@@ -58,7 +64,9 @@ def unmapped(monkeypatch):
 def test_a_host_tensor_has_pages_of_its_own(dtype):
     """At their start; a part of it, or another tensor, has none."""
     tensor = host_tensor((3, 5, 7), dtype)
-    assert tensor.shape == (3, 5, 7) and tensor.dtype == dtype and tensor.is_contiguous()
+    assert (
+        tensor.shape == (3, 5, 7) and tensor.dtype == dtype and tensor.is_contiguous()
+    )
     assert tensor.data_ptr() % mmap.PAGESIZE == 0 and (tensor.float() == 0).all()
     pages = pages_of(tensor)
     assert (pages.address, pages.size) == (tensor.data_ptr(), 105 * dtype.itemsize)
@@ -83,19 +91,24 @@ def test_pages_of_a_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(3 * mmap.PAGESIZE))
     with open(path, "r+b") as file:
-        tensor = HostPages.of_file(file.fileno(), 12, mmap.PAGESIZE).tensor(torch.int32, (3,))
+        tensor = HostPages.of_file(file.fileno(), 12, mmap.PAGESIZE).tensor(
+            torch.int32, (3,)
+        )
     tensor.copy_(torch.tensor([1, 2, 3]))
     assert path.read_bytes()[mmap.PAGESIZE :][:12] == tensor.numpy().tobytes()
 
 
 def test_what_cannot_be_mapped_is_said():
-    with pytest.raises(MoEPrefetchError, match=r"^1,152,.* mapped: .*--moe-gpu-prefetch"):
+    with pytest.raises(
+        MoEPrefetchError, match=r"^1,152,.* mapped: .*--moe-gpu-prefetch"
+    ):
         HostPages(1 << 60)
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_a_write_to_read_only_memory_ends_the_process(driver, signal_of, on_gpu):
-    """It is registered while it can be written, as discrete cards demand, and protected then."""
+    """It is registered while it can be written, as discrete cards demand, and protected
+    then."""
     memory = device_memory(driver) if on_gpu else HostMemory()
     tensor = host_tensor((70_000,), torch.uint8).fill_(4)
     memory.pin(tensor)
@@ -135,7 +148,8 @@ def test_only_pages_of_its_own_are_pinned(driver):
 
 
 def test_engines_one_after_another_in_a_process(driver):
-    """Layout, store, counters; freed addresses come again, and are never still registered."""
+    """Layout, store, counters; freed addresses come again, and are never still
+    registered."""
     seen, again = set(), 0
     for _ in range(4):
         memory = device_memory(driver)
@@ -146,7 +160,10 @@ def test_engines_one_after_another_in_a_process(driver):
             addresses = [memory.pin(t) for t in (*homes, counted.tensor)]
             again += sum(address in seen for address in addresses)
             seen.update(addresses)
-            rows = [memory.tensor(name, (8, 1 << 16), torch.uint8, 6) for name in ("w13", "w2")]
+            rows = [
+                memory.tensor(name, (8, 1 << 16), torch.uint8, 6)
+                for name in ("w13", "w2")
+            ]
             for row, home in zip(rows, homes, strict=True):
                 row[6:] = home[:2]
             engine.append((homes, rows, counted))
@@ -171,7 +188,9 @@ def test_memory_that_is_unmapped_while_registered_is_noticed(driver):
     again = HostPages.__new__(HostPages)
     again._take(address_again(address), 1 << 20)
     assert driver.cuMemHostRegister(again.address, again.size, 3) == (712,)
-    with pytest.raises(MoEPrefetchError, match=r"ALREADY_REGISTERED.*report it, or serve without"):
+    with pytest.raises(
+        MoEPrefetchError, match=r"ALREADY_REGISTERED.*report it, or serve without"
+    ):
         device_memory(driver).pin(again.tensor(torch.uint8, (1 << 20,)))
 
 
@@ -214,7 +233,8 @@ def test_collected_on_a_thread_without_a_context(driver):
 
 @pytest.mark.parametrize("same", [True, False])
 def test_nothing_is_unregistered_during_a_capture(driver, same, unmapped):
-    """Not even the memory of an engine that is wholly gone; and it stays mapped for so long."""
+    """Not even the memory of an engine that is wholly gone; and it stays mapped for so
+    long."""
     memory, tensor = device_memory(driver), host_tensor((5000,), torch.uint8)
     memory.pin(tensor)
     address, driver.capturing = tensor.data_ptr(), True
@@ -229,7 +249,9 @@ def test_nothing_is_unregistered_during_a_capture(driver, same, unmapped):
     assert not driver.registered and unmapped == [address]
 
 
-def test_memory_that_could_not_be_unregistered_stays_mapped(driver, monkeypatch, unmapped):
+def test_memory_that_could_not_be_unregistered_stays_mapped(
+    driver, monkeypatch, unmapped
+):
     """Its address must not come again."""
     memory, tensor = device_memory(driver), host_tensor((5000,), torch.uint8)
     memory.pin(tensor)
@@ -239,12 +261,18 @@ def test_memory_that_could_not_be_unregistered_stays_mapped(driver, monkeypatch,
         patch.setattr(sys, "unraisablehook", said.append)
         del tensor
         gc.collect()
-    assert not unmapped and [one.exc_value.error for one in said] == ["CUDA_ERROR_UNKNOWN"]
+    assert not unmapped and [one.exc_value.error for one in said] == [
+        "CUDA_ERROR_UNKNOWN"
+    ]
 
 
 ADVICE = {
-    "OUT_OF_MEMORY": r"Raise the limit of locked memory \(ulimit -l\), free host memory",
-    "OPERATING_SYSTEM": r"Raise the limit of locked memory \(ulimit -l\), free host memory",
+    "OUT_OF_MEMORY": (
+        r"Raise the limit of locked memory \(ulimit -l\), free host memory"
+    ),
+    "OPERATING_SYSTEM": (
+        r"Raise the limit of locked memory \(ulimit -l\), free host memory"
+    ),
     "HOST_MEMORY_ALREADY_REGISTERED": "Another library of this process has registered",
     "NOT_SUPPORTED": "This platform cannot map host memory",
     "UNKNOWN": "Look up what this error means here",
@@ -257,7 +285,10 @@ def test_a_refusal_names_the_error_and_the_way_out(driver, error, call):
     """And leaves nothing registered."""
     value = getattr(driver.error, f"CUDA_ERROR_{error}")
     setattr(driver, call, lambda *arguments: (value, 0))
-    said = rf"pin 4,000 bytes of host memory \({call}: CUDA_ERROR_{error}\). {ADVICE[error]}.*, or"
+    said = (
+        rf"pin 4,000 bytes of host memory \({call}: CUDA_ERROR_{error}\). "
+        rf"{ADVICE[error]}.*, or"
+    )
     with pytest.raises(DriverError, match=f"{said} serve without --moe-gpu-prefetch"):
         device_memory(driver).pin(host_tensor((1000,), torch.float32))
     gc.collect()
@@ -266,8 +297,14 @@ def test_a_refusal_names_the_error_and_the_way_out(driver, error, call):
 
 def test_the_stand_in_refuses(driver):
     """What the driver refuses."""
-    bad, unsupported = driver.error.CUDA_ERROR_INVALID_VALUE, driver.error.CUDA_ERROR_NOT_SUPPORTED
-    memory, tensor = device_memory(driver), host_tensor((2 * mmap.PAGESIZE,), torch.uint8)
+    bad, unsupported = (
+        driver.error.CUDA_ERROR_INVALID_VALUE,
+        driver.error.CUDA_ERROR_NOT_SUPPORTED,
+    )
+    memory, tensor = (
+        device_memory(driver),
+        host_tensor((2 * mmap.PAGESIZE,), torch.uint8),
+    )
     address, size = tensor.data_ptr(), tensor.numel()
     rows = memory.tensor("w", (8, 1 << 16), torch.uint8, 6)
     register = driver.cuMemHostRegister
@@ -277,7 +314,9 @@ def test_the_stand_in_refuses(driver):
     assert register(8, 100, 3) == (bad,)
     assert driver.cuMemHostUnregister(address) == (bad,)
     assert register(address, size, 1) == (0,)
-    assert driver.cuMemHostGetDevicePointer(address, 0)[0] == bad  # not mapped for the device
+    assert (
+        driver.cuMemHostGetDevicePointer(address, 0)[0] == bad
+    )  # not mapped for the device
     already = driver.error.CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED
     assert register(address + mmap.PAGESIZE, 1, 3) == (already,)
     assert driver.cuMemHostUnregister(address) == (0,)
@@ -322,7 +361,9 @@ def test_counters_lie_where_kernels_can_count(driver, tmp_path, monkeypatch, exp
     if exposed:
         monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
     counters = SlotCounters("layer", 3, slots=4, bytes_per_expert=10, experts=8)
-    assert counters.tensor.shape == (len(TOTALS),) and counters.tensor.dtype == torch.int64
+    assert (
+        counters.tensor.shape == (len(TOTALS),) and counters.tensor.dtype == torch.int64
+    )
     address = device_memory(driver).pin(counters.tensor)
     assert address == counters.tensor.data_ptr() + driver.host_offset
     counters.tensor.copy_(torch.arange(1, 11))  # what a kernel does
@@ -330,7 +371,9 @@ def test_counters_lie_where_kernels_can_count(driver, tmp_path, monkeypatch, exp
     values |= {"slots": 4, "slot_bytes": 40, "store_bytes": 80}
     assert counters.as_dict() == values and counters.bytes_loaded == 10
     readings = read_counters(tmp_path)
-    assert [(r.rank, r.layer, r.values) for r in readings] == [(3, "layer", values)] * exposed
+    assert [(r.rank, r.layer, r.values) for r in readings] == [
+        (3, "layer", values)
+    ] * exposed
     counters.clear()
     assert not any(counters.as_dict()[name] for name in TOTALS) and counters.slots == 4
     with pytest.raises(AttributeError):

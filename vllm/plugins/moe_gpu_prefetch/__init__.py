@@ -1,31 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The wiring of `--moe-gpu-prefetch` into stock vLLM."""
 
 _registered = False
 
 
 def register() -> None:
-    """Entry point of `vllm.general_plugins`: runs in every vLLM process, cheap and idempotent.
+    """Entry point of `vllm.general_plugins`: runs in every vLLM process, cheap and
+    idempotent.
 
-    It wraps all that it has to or nothing, and never raises, which would end vLLM's start. Where
-    vLLM is not as this plugin knows it, only the flag is there, to be refused with the reason.
+    It wraps all that it has to or nothing, and never raises, which would end vLLM's
+    start. Where vLLM is not as this plugin knows it, only the flag is there, to be
+    refused with the reason.
     """
     global _registered
     if _registered:
         return
     _registered = True
-    from vllm.plugins.moe_gpu_prefetch import refusal, seams
+    from vllm.plugins.moe_gpu_prefetch.stock import seams, unsupported
 
     reason = seams.unsupported_version()
     if reason is None:
         try:
-            from vllm.plugins.moe_gpu_prefetch import arguments, failures, loader, wrapping
+            from vllm.plugins.moe_gpu_prefetch import failures, flag, loader
+            from vllm.plugins.moe_gpu_prefetch.stock import wrapping
 
             reason = seams.first_broken(at_start=True)
-            wraps = () if reason else (*arguments.wraps(), *loader.wraps(), *failures.wraps())
+            wraps = (
+                () if reason else (*flag.wraps(), *loader.wraps(), *failures.wraps())
+            )
         except Exception as error:
             reason = seams.not_as_known(f"{type(error).__name__}: {error}")
     if reason is None:
         wrapping.install(*wraps)
     else:
-        refusal.install(reason)
+        unsupported.install(reason)

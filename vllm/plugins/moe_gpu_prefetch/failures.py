@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """How a refusal reaches the user in one line, whatever process found it.
 
-vLLM starts an engine in a process of its own, and workers below it. What ends one of them is logged
-there with its traceback, and the process above ends with an error that names no reason. A refusal
-is no fault of the program: the process that finds it leaves the reason in the engine's directory
-(`counters.py`) and exits; each process above takes it from there, and the front end raises it.
+vLLM starts an engine in a process of its own, and workers below it. What ends one of
+them is logged there with its traceback, and the process above ends with an error that
+names no reason. A refusal is no fault of the program: the process that finds it leaves
+the reason in the engine's directory (`counters.py`) and exits; each process above takes
+it from there, and the front end raises it.
 """
 
 import functools
@@ -20,8 +22,10 @@ from vllm.v1.engine import utils as engine_utils
 from vllm.v1.executor.abstract import Executor
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
-from vllm.model_executor.layers.fused_moe.expert_slots.counters import DIRECTORY_VARIABLE
-from vllm.plugins.moe_gpu_prefetch.wrapping import Wrap
+from vllm.model_executor.layers.fused_moe.expert_slots.counters import (
+    DIRECTORY_VARIABLE,
+)
+from vllm.plugins.moe_gpu_prefetch.stock.wrapping import Wrap
 
 logger = init_logger(__name__)
 
@@ -29,7 +33,8 @@ _front_end: int | None = None
 
 
 def this_is_the_front_end() -> None:
-    """Called by the process that makes an engine's directory: refusals reach the user from here."""
+    """Called by the process that makes an engine's directory: refusals reach the user
+    from here."""
     global _front_end
     _front_end = os.getpid()
 
@@ -40,8 +45,8 @@ def in_one_line(refusal: MoEPrefetchError) -> str:
 
 
 def show_refusals_in_one_line() -> None:
-    """From now on a refusal that ends this process is one line, the last; any other error keeps its
-    traceback."""
+    """From now on a refusal that ends this process is one line, the last; any other
+    error keeps its traceback."""
     show = sys.excepthook
     if getattr(show, "__module__", None) == __name__:
         return
@@ -56,9 +61,10 @@ def show_refusals_in_one_line() -> None:
 
 
 def ending(refusal: MoEPrefetchError) -> BaseException:
-    """What to raise in this process for a refusal that it found: the refusal itself in the front
-    end, and where no directory leads there. Elsewhere `SystemExit`, for which vLLM logs no
-    traceback; the reason was left for the front end, and logged in one line."""
+    """What to raise in this process for a refusal that it found: the refusal itself in
+    the front end, and where no directory leads there. Elsewhere `SystemExit`, for which
+    vLLM logs no traceback; the reason was left for the front end, and logged in one
+    line."""
     path = _path()
     if path is None or _front_end == os.getpid():
         return refusal
@@ -74,8 +80,9 @@ def ending(refusal: MoEPrefetchError) -> BaseException:
 
 
 def _free_shared_memory() -> None:
-    """Frees what the parallel groups of this worker share with others. vLLM frees it where a worker
-    ends in order; otherwise Python's resource tracker does, with a warning after the last line."""
+    """Frees what the parallel groups of this worker share with others. vLLM frees it
+    where a worker ends in order; otherwise Python's resource tracker does, with a
+    warning after the last line."""
     for group in map(lambda reference: reference(), parallel_state._groups.values()):
         if group is not None:
             group.mq_broadcaster = None
@@ -84,12 +91,14 @@ def _free_shared_memory() -> None:
 def _path() -> Path | None:
     """Where this engine's processes leave a refusal."""
     directory = os.environ.get(DIRECTORY_VARIABLE)
-    return Path(directory) / "refusal" if directory and os.path.isdir(directory) else None
+    return (
+        Path(directory) / "refusal" if directory and os.path.isdir(directory) else None
+    )
 
 
 def _left_below() -> BaseException | None:
-    """What to raise for a refusal that a process below has left. The front end removes it, so that
-    no later failure is taken for it."""
+    """What to raise for a refusal that a process below has left. The front end removes
+    it, so that no later failure is taken for it."""
     path = _path()
     if path is None or not path.exists():
         return None
@@ -116,8 +125,8 @@ def _telling(start: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wraps() -> tuple[Wrap, ...]:
-    """The two places where a process learns that one below it has ended: an executor, of its
-    workers; the front end, of its engine."""
+    """The two places where a process learns that one below it has ended: an executor,
+    of its workers; the front end, of its engine."""
     return (
         Wrap(Executor, "__init__", _telling(Executor.__init__)),
         Wrap(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts the layer classes into vLLM's out-of-tree registry, once slots are asked for: until then the
-names are free for other plugins, which vLLM would not let register after us."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Puts the layer classes into vLLM's out-of-tree registry, once slots are asked for:
+until then the names are free for other plugins, which vLLM would not let register after
+us."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,12 +12,16 @@ from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 
-_OURS = ("vllm.plugins.moe_gpu_prefetch", "vllm.model_executor.layers.fused_moe.expert_slots")
+_OURS = (
+    "vllm.plugins.moe_gpu_prefetch",
+    "vllm.model_executor.layers.fused_moe.expert_slots",
+)
 _REPLACED = ("RoutedExperts", "MoERunner")
 
 
 def held_by_another(names: tuple[str, ...] = _REPLACED) -> str | None:
-    """Which of the layer classes that we replace another plugin has replaced, and by what."""
+    """Which of the layer classes that we replace another plugin has replaced, and by
+    what."""
     for name in names:
         holder = op_registry_oot.get(name)
         if holder is not None and not holder.__module__.startswith(_OURS):
@@ -26,16 +32,17 @@ def held_by_another(names: tuple[str, ...] = _REPLACED) -> str | None:
 def replaced(what: str) -> str:
     """Why slots cannot be where another plugin is."""
     return (
-        f"another plugin replaced {what}, so that expert slots would not be reached: disable one "
-        "of the two with VLLM_PLUGINS, or serve without --moe-gpu-prefetch."
+        f"another plugin replaced {what}, so that expert slots would not be reached: "
+        "disable one of the two with VLLM_PLUGINS, or serve without "
+        "--moe-gpu-prefetch."
     )
 
 
 @contextmanager
 def in_place() -> Iterator[None]:
-    """Within, stock builds our classes instead of its `RoutedExperts` and `MoERunner` and of all
-    that models derive from them: those defined already, and those whose module is imported while
-    the model is built."""
+    """Within, stock builds our classes instead of its `RoutedExperts` and `MoERunner`
+    and of all that models derive from them: those defined already, and those whose
+    module is imported while the model is built."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
@@ -70,14 +77,15 @@ def _replace(stock: type) -> None:
     elif not issubclass(ours, stock):
         raise MoEPrefetchError(
             f"--moe-gpu-prefetch: two layer classes are called {stock.__name__} "
-            f"({stock.__module__} and {ours.__mro__[2].__module__}), which vLLM's registry cannot "
-            "tell apart. Serve without --moe-gpu-prefetch."
+            f"({stock.__module__} and {ours.__mro__[2].__module__}), which vLLM's "
+            "registry cannot tell apart. Serve without --moe-gpu-prefetch."
         )
 
 
 @contextmanager
 def _replacing_subclasses(base: type) -> Iterator[None]:
-    """Within, a class that is derived from `base` is replaced as soon as it is defined."""
+    """Within, a class that is derived from `base` is replaced as soon as it is
+    defined."""
 
     def __init_subclass__(cls: type, **kwargs: object) -> None:
         super(base, cls).__init_subclass__(**kwargs)  # type: ignore[misc, arg-type]

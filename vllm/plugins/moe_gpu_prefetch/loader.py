@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loader seam: the one place that every loaded model passes, in whatever process."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The loader seam: the one place that every loaded model passes, in whatever
+process."""
 
 import functools
 from typing import Any
@@ -11,9 +13,9 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
-from vllm.plugins.moe_gpu_prefetch.compatibility import another_plugin
 from vllm.plugins.moe_gpu_prefetch.failures import ending
-from vllm.plugins.moe_gpu_prefetch.wrapping import Wrap
+from vllm.plugins.moe_gpu_prefetch.stock.check import another_plugin
+from vllm.plugins.moe_gpu_prefetch.stock.wrapping import Wrap
 
 
 def wraps() -> tuple[Wrap, ...]:
@@ -22,7 +24,11 @@ def wraps() -> tuple[Wrap, ...]:
 
     @functools.wraps(load_model)
     def load_model_into_slots(
-        self: BaseModelLoader, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any
+        self: BaseModelLoader,
+        vllm_config: Any,
+        model_config: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> torch.nn.Module:
         def stock() -> torch.nn.Module:
             return load_model(self, vllm_config, model_config, *args, **kwargs)

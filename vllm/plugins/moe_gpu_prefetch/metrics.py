@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The counters in the process's Prometheus registry: on the server's `/metrics`, and in
-`LLM.get_metrics()`. They are read when they are asked for, so that a step costs nothing.
+`LLM.get_metrics()`. They are read when they are asked for, so that a step costs
+nothing.
 
-A collector, not an entry point of `vllm.stat_logger_plugins`: the mere presence of such a plugin
-switches statistics back on under `--disable-log-stats`, and `LLM` does not load them.
+A collector, not an entry point of `vllm.stat_logger_plugins`: the mere presence of such
+a plugin switches statistics back on under `--disable-log-stats`, and `LLM` does not
+load them.
 """
 
 import os
@@ -30,7 +33,8 @@ _exposed: "SlotCollector | None" = None
 
 
 class SlotCollector(Collector):
-    """Turns the workers' counter files into `vllm:moe_prefetch_*` samples, by layer and rank."""
+    """Turns the workers' counter files into `vllm:moe_prefetch_*` samples, by layer and
+    rank."""
 
     def __init__(self, directory: Path, model_name: str):
         self._directory = directory
@@ -38,7 +42,10 @@ class SlotCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         readings = read_counters(self._directory) if self._directory.is_dir() else []
-        for family, fields in ((CounterMetricFamily, TOTALS), (GaugeMetricFamily, SIZES)):
+        for family, fields in (
+            (CounterMetricFamily, TOTALS),
+            (GaugeMetricFamily, SIZES),
+        ):
             for name, text in fields.items():
                 metric = family(f"vllm:moe_prefetch_{name}", f"{text}.", labels=_LABELS)
                 for reading in readings:
@@ -48,13 +55,15 @@ class SlotCollector(Collector):
 
 
 def expose(directory: Path, vllm_config: Any) -> None:
-    """Puts the counters of the engine that is about to start, whose files are in `directory`, into
-    the registry of this process, in the place of an earlier engine's."""
+    """Puts the counters of the engine that is about to start, whose files are in
+    `directory`, into the registry of this process, in the place of an earlier
+    engine's."""
     global _exposed
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         logger.warning_once(
-            "Several API servers share one /metrics: the vllm:moe_prefetch_* counters are not on "
-            "it. Use --api-server-count 1, or collective_rpc('expert_slot_counters')."
+            "Several API servers share one /metrics: the vllm:moe_prefetch_* "
+            "counters are not on it. Use --api-server-count 1, or "
+            "collective_rpc('expert_slot_counters')."
         )
         return
     parallel = vllm_config.parallel_config
@@ -62,8 +71,9 @@ def expose(directory: Path, vllm_config: Any) -> None:
         give_directory_to_ray()
     if parallel.nnodes > 1 and parallel.node_rank == 0:
         logger.warning_once(
-            "The vllm:moe_prefetch_* counters on /metrics are those of this node's ranks, not of "
-            "the other %d nodes'. collective_rpc('expert_slot_counters') answers for all ranks.",
+            "The vllm:moe_prefetch_* counters on /metrics are those of this node's "
+            "ranks, not of the other %d nodes'. "
+            "collective_rpc('expert_slot_counters') answers for all ranks.",
             parallel.nnodes - 1,
         )
     if _exposed is not None:

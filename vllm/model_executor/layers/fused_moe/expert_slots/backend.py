@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a platform implements so that experts can live in slots, and which platform this is."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What a platform implements so that experts can live in slots, and which platform this
+is."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -16,7 +18,9 @@ from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
     ExpertHistory,
     Ranking,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import ResidencyTables
+from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import (
+    ResidencyTables,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import Memory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
 
@@ -24,11 +28,16 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import Exper
 class SlotManager(ABC):
     """Keeps the experts that a step needs in their rows. One per MoE layer and rank.
 
-    No slot is empty at the start, so that the first request does not pay for an empty cache.
+    No slot is empty at the start, so that the first request does not pay for an empty
+    cache.
     """
 
     def __init__(
-        self, config: MoEPrefetchConfig, rows: ExpertRows, layer_name: str = "", rank: int = 0
+        self,
+        config: MoEPrefetchConfig,
+        rows: ExpertRows,
+        layer_name: str = "",
+        rank: int = 0,
     ):
         self.config = config
         self.rows = rows
@@ -36,11 +45,17 @@ class SlotManager(ABC):
         self.num_experts = self.store.num_experts
         self.num_slots = rows.num_slots
         self.counters = SlotCounters(
-            layer_name, rank, self.num_slots, self.store.bytes_per_expert, self.num_experts
+            layer_name,
+            rank,
+            self.num_slots,
+            self.store.bytes_per_expert,
+            self.num_experts,
         )
 
     @abstractmethod
-    def step(self, topk_ids: torch.Tensor, is_padding: torch.Tensor | None = None) -> torch.Tensor:
+    def step(
+        self, topk_ids: torch.Tensor, is_padding: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Decides one step and loads what it misses.
 
         Args:
@@ -48,19 +63,24 @@ class SlotManager(ABC):
             is_padding: [tokens] bool; rows that need nothing, whatever they route.
 
         Returns:
-            The ids as row numbers, like `topk_ids`; -1 stays -1, and a row of padding gets
+            The ids as row numbers, like `topk_ids`; -1 stays -1, and a row of padding
+                gets
             rows of whatever they hold. With an expert map (expert
-            parallelism) the map from the model's experts to rows instead, -1 = on another rank.
+            parallelism) the map from the model's experts to rows instead, -1 = on
+                another rank.
         """
 
     @abstractmethod
     def reset(self, start: Ranking | None = None) -> None:
-        """Back to the start, nothing counted: in the slots are experts 0 ... N-1, without a
-        history, or those of `start`, with the order of it. `start` may be another N's."""
+        """Back to the start, nothing counted: in the slots are experts 0 ... N-1,
+        without a history, or those of `start`, with the order of it. `start` may be
+        another N's."""
 
     def _first(self, start: Ranking | None) -> tuple[ResidencyTables, ExpertHistory]:
         """What `reset` begins with, on the host."""
-        history = ExpertHistory(self.num_experts, self.config.policy, self.config.lfu_half_life)
+        history = ExpertHistory(
+            self.num_experts, self.config.policy, self.config.lfu_half_life
+        )
         if start is None:
             return ResidencyTables(self.num_experts, self.num_slots), history
         start = start.fitted(self.num_experts, self.num_slots)
@@ -77,8 +97,8 @@ class SlotManager(ABC):
 
     @abstractmethod
     def ranking(self) -> Ranking:
-        """The residents by their worth. May be called on any thread, also within a step: it then
-        sees the tables of some moment of the step.
+        """The residents by their worth. May be called on any thread, also within a
+        step: it then sees the tables of some moment of the step.
 
         Raises:
             AssertionError: the tables do not fit each other, as within a step.
@@ -96,15 +116,16 @@ class Backend(ABC):
 
     @abstractmethod
     def prepare(self, moe_config: Any, quant_config: Any) -> None:
-        """Chooses, before stock builds a layer, the kernel that slots can serve. For quantised
-        experts there is none yet: stock chooses, and `objection` says so."""
+        """Chooses, before stock builds a layer, the kernel that slots can serve. For
+        quantised experts there is none yet: stock chooses, and `objection` says so."""
 
     @abstractmethod
     def objection(self, layer: Any) -> str | None:
         """Why a layer that stock has built cannot have slots, or None."""
 
     def processed_width(self, layer: Any) -> int:
-        """The width of an expert once stock has processed its weights, which may pad it."""
+        """The width of an expert once stock has processed its weights, which may pad
+        it."""
         return int(layer.moe_config.intermediate_size_per_partition)
 
     @abstractmethod
@@ -129,15 +150,19 @@ def current_backend() -> Backend:
         MoEPrefetchError: it has none.
     """
     if current_platform.is_cuda():
-        from vllm.model_executor.layers.fused_moe.expert_slots.cuda.backend import CudaBackend
+        from vllm.model_executor.layers.fused_moe.expert_slots.cuda.backend import (
+            CudaBackend,
+        )
 
         return CudaBackend()
     if current_platform.is_cpu():
-        from vllm.model_executor.layers.fused_moe.expert_slots.cpu.backend import CPUBackend
+        from vllm.model_executor.layers.fused_moe.expert_slots.cpu.backend import (
+            CPUBackend,
+        )
 
         return CPUBackend()
     here = getattr(current_platform, "device_name", "this platform")
     raise MoEPrefetchError(
-        f"--moe-gpu-prefetch: expert slots run on CUDA and on the CPU, not on {here}. Serve "
-        "without --moe-gpu-prefetch."
+        f"--moe-gpu-prefetch: expert slots run on CUDA and on the CPU, not on {here}. "
+        "Serve without --moe-gpu-prefetch."
     )

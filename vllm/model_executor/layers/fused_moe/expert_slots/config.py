@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the user asked for: one validated object, carried by `VllmConfig.additional_config`."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What the user asked for: one validated object, carried by
+`VllmConfig.additional_config`."""
 
 import os
 from dataclasses import fields
@@ -8,7 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError
 from vllm.config.utils import config
 
-from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import MAX_HALF_LIFE
+from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
+    MAX_HALF_LIFE,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.sizes import size_in_bytes
 
 SLOTS_KEY = "moe_gpu_prefetch"
@@ -16,7 +20,8 @@ OPTIONS_KEY = "moe_gpu_prefetch_config"
 
 
 class MoEPrefetchError(ValueError):
-    """The request cannot be served; the message says what was asked, why not, and the way out."""
+    """The request cannot be served; the message says what was asked, why not, and the
+    way out."""
 
 
 def _usable_as_path(text: str) -> str:
@@ -37,39 +42,48 @@ class MoEPrefetchConfig:
     """Expert slots for Mixture-of-Experts models."""
 
     slots: Annotated[int, Field(ge=1)] | Annotated[str, AfterValidator(_auto_or_size)]
-    """Number of expert slots per MoE layer and rank. Every routed expert lives in host memory; this
-    many are resident at a time. Raised to the router's top-k when it is lower; at or above the
-    number of experts nothing is offloaded. A size like 12GiB: the largest number whose slots and
-    staging take no more of a GPU. `auto`: the largest number that leaves the KV cache its room. Not
-    given: stock vLLM."""
+    """Number of expert slots per MoE layer and rank. Every routed expert lives in host
+    memory; this many are resident at a time. Raised to the router's top-k when it is
+    lower; at or above the number of experts nothing is offloaded. A size like 12GiB:
+    the largest number whose slots and staging take no more of a GPU. `auto`: the
+    largest number that leaves the KV cache its room. Not given: stock vLLM."""
 
     policy: Literal["lru", "lfu"] = "lru"
-    """Which resident expert is evicted first: `lru`, the one needed longest ago; `lfu`, the one
-    needed least often, counts decaying with `lfu_half_life`."""
+    """Which resident expert is evicted first: `lru`, the one needed longest ago; `lfu`,
+    the one needed least often, counts decaying with `lfu_half_life`."""
 
     lfu_half_life: int = Field(default=128, ge=1, le=MAX_HALF_LIFE, strict=True)
     """For `lfu`: the number of steps of a layer after which a count is worth half."""
 
     draft_slots: Annotated[int, Field(ge=1, strict=True)] | None = None
-    """In speculative decoding, the number of expert slots per MoE layer of the draft model or of
-    the MTP layers. Not given: as many as the model's own."""
+    """In speculative decoding, the number of expert slots per MoE layer of the draft
+    model or of the MTP layers. Not given: as many as the model's own."""
 
-    host_memory_reserve: Annotated[float, Field(ge=0, le=1 << 30, strict=True)] | None = None
-    """GiB of host memory that the experts must leave available, else the start is refused. Not
-    given: 8 GiB or a tenth of the memory, whichever is more."""
+    host_memory_reserve: (
+        Annotated[float, Field(ge=0, le=1 << 30, strict=True)] | None
+    ) = None
+    """GiB of host memory that the experts must leave available, else the start is
+    refused. Not given: 8 GiB or a tenth of the memory, whichever is more."""
 
-    shared_store: Annotated[str, Field(min_length=1), AfterValidator(_usable_as_path)] | None = None
-    """A directory in shared memory, for example /dev/shm/expert-stores, where the experts of a
-    checkpoint are kept once for all servers of this machine and for the next start. Not given:
-    every server has its own copy."""
+    shared_store: (
+        Annotated[str, Field(min_length=1), AfterValidator(_usable_as_path)] | None
+    ) = None
+    """A directory in shared memory, for example /dev/shm/expert-stores, where the
+    experts of a checkpoint are kept once for all servers of this machine and for the
+    next start. Not given: every server has its own copy."""
 
-    warm_start: Annotated[str, Field(min_length=1), AfterValidator(_usable_as_path)] | None = None
-    """A directory where the resident experts of every layer are written: when the engine is idle,
-    every five minutes under load, and at its end. The next start of the same model fills its slots
-    with them. Not given: slots start with experts 0 ... N-1."""
+    warm_start: (
+        Annotated[str, Field(min_length=1), AfterValidator(_usable_as_path)] | None
+    ) = None
+    """A directory where the resident experts of every layer are written: when the
+    engine is idle, every five minutes under load, and at its end. The next start of the
+    same model fills its slots with them. Not given: slots start with experts 0 ...
+    N-1."""
 
     @classmethod
-    def from_additional_config(cls, additional_config: Any) -> "MoEPrefetchConfig | None":
+    def from_additional_config(
+        cls, additional_config: Any
+    ) -> "MoEPrefetchConfig | None":
         """Reads the request out of `VllmConfig.additional_config`.
 
         Returns:
@@ -93,33 +107,43 @@ class MoEPrefetchConfig:
 
     def slots_of(self, draft: bool) -> int | str:
         """Slots per MoE layer of the model, or of its draft."""
-        return self.draft_slots if draft and self.draft_slots is not None else self.slots
+        return (
+            self.draft_slots if draft and self.draft_slots is not None else self.slots
+        )
 
     @classmethod
     def validated(cls, slots: Any, options: Any) -> "MoEPrefetchConfig":
-        """Builds the configuration from a slot count and an options mapping, both untrusted."""
+        """Builds the configuration from a slot count and an options mapping, both
+        untrusted."""
         number = isinstance(slots, int) and not isinstance(slots, bool) and slots >= 1
-        size = isinstance(slots, str) and slots[:1].isdecimal() and not slots.isdecimal()
+        size = (
+            isinstance(slots, str) and slots[:1].isdecimal() and not slots.isdecimal()
+        )
         if size:
             try:
                 size_in_bytes(slots)
             except ValueError as error:
-                raise MoEPrefetchError(f"--moe-gpu-prefetch {slots}: {error}.") from None
+                raise MoEPrefetchError(
+                    f"--moe-gpu-prefetch {slots}: {error}."
+                ) from None
         if slots != "auto" and not number and not size:
             raise MoEPrefetchError(
-                f"--moe-gpu-prefetch {slots!r}: expected the number of expert slots per MoE layer, "
-                "an integer of at least 1; or a size like 12GiB; or auto."
+                f"--moe-gpu-prefetch {slots!r}: expected the number of expert slots "
+                "per MoE layer, an integer of at least 1; or a size like 12GiB; or "
+                "auto."
             )
         if not isinstance(options, dict) or not options.keys() <= set(_OPTIONS):
             raise MoEPrefetchError(
-                f"--moe-gpu-prefetch-config {options!r}: expected a JSON object with keys of "
-                f"{', '.join(_OPTIONS)}; the slot count goes to --moe-gpu-prefetch."
+                f"--moe-gpu-prefetch-config {options!r}: expected a JSON object with "
+                f"keys of {', '.join(_OPTIONS)}; the slot count goes to "
+                "--moe-gpu-prefetch."
             )
         try:
             return cls(slots=slots, **options)  # type: ignore[call-arg]
         except ValidationError as error:
             reasons = "; ".join(
-                f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors()
+                f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}"
+                for e in error.errors()
             )
             raise MoEPrefetchError(f"--moe-gpu-prefetch-config: {reasons}") from None
 

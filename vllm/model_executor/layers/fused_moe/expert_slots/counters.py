@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What a layer's slots did, as running totals that other processes can read.
 
-Each layer and rank owns one small file of int64 totals in a directory that the front-end process
-names in the environment; the worker maps it, so that counting costs no more than an addition and
-a reader sees the totals as they are, without asking the engine.
+Each layer and rank owns one small file of int64 totals in a directory that the
+front-end process names in the environment; the worker maps it, so that counting costs
+no more than an addition and a reader sees the totals as they are, without asking the
+engine.
 """
 
 import atexit
@@ -20,16 +22,21 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import HostPages
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
+    HostPages,
+)
 
 if TYPE_CHECKING:
-    from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import StepPlan
+    from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import (
+        StepPlan,
+    )
 
 logger = init_logger(__name__)
 
 DIRECTORY_VARIABLE = "MOE_GPU_PREFETCH_COUNTERS"
 _COPIED_BY_RAY = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
-"""Stock's list, separated by commas, of further variables that Ray's processes are given."""
+"""Stock's list, separated by commas, of further variables that Ray's processes are
+given."""
 
 TOTALS = {
     "steps": "Steps of the layer that needed an expert",
@@ -55,10 +62,11 @@ _PREFIX, _LOCK = "vllm-expert-slots-", "lock"
 
 
 def open_counters_directory() -> Path:
-    """Makes the directory of one engine's counter files and names it in the environment, which
-    the engine's processes inherit. It is removed when this process ends; if this process is
-    killed, when the next one makes its own."""
-    # Shared memory where there is any: a GPU can only map files that have no disk behind them.
+    """Makes the directory of one engine's counter files and names it in the
+    environment, which the engine's processes inherit. It is removed when this process
+    ends; if this process is killed, when the next one makes its own."""
+    # Shared memory where there is any: a GPU can only map files that have no disk
+    # behind them.
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
     _remove_abandoned(Path(place))
     directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
@@ -69,17 +77,19 @@ def open_counters_directory() -> Path:
 
 
 def give_directory_to_ray() -> None:
-    """Has stock copy the directory's variable to the processes that Ray starts. Stock copies those
-    with its own prefixes, and those that this list names."""
-    names = [name for name in os.environ.get(_COPIED_BY_RAY, "").split(",") if name.strip()]
+    """Has stock copy the directory's variable to the processes that Ray starts. Stock
+    copies those with its own prefixes, and those that this list names."""
+    names = [
+        name for name in os.environ.get(_COPIED_BY_RAY, "").split(",") if name.strip()
+    ]
     if DIRECTORY_VARIABLE not in names:
         os.environ[_COPIED_BY_RAY] = ",".join([*names, DIRECTORY_VARIABLE])
 
 
 def _hold(directory: Path) -> None:
     """Locks `directory` until this process and all that it forked have ended."""
-    # Never closed: the lock is this process's life. Under its name only once it is held, or another
-    # start would take the directory for an abandoned one.
+    # Never closed: the lock is this process's life. Under its name only once it is
+    # held, or another start would take the directory for an abandoned one.
     unlocked = directory / "unlocked"
     fcntl.flock(os.open(unlocked, os.O_RDWR | os.O_CREAT, 0o600), fcntl.LOCK_EX)
     unlocked.rename(directory / _LOCK)
@@ -97,27 +107,36 @@ def _remove_abandoned(place: Path) -> None:
 
 
 class SlotCounters:
-    """Totals of one layer and rank since loading. `hits + misses == needed`; every miss is one
-    load, into a staging row or, as no slot is ever empty, in the place of another expert; bytes
-    are those of the loads.
+    """Totals of one layer and rank since loading. `hits + misses == needed`; every miss
+    is one load, into a staging row or, as no slot is ever empty, in the place of
+    another expert; bytes are those of the loads.
 
     Attributes:
-        tensor: the totals, [10] int64 in host memory in the order of `TOTALS`, at the start of
-            pages of its own: a memory can pin it, so that kernels count where readers look.
+        tensor: the totals, [10] int64 in host memory in the order of `TOTALS`, at the
+            start of pages of its own: a memory can pin it, so that kernels count where
+            readers look.
     """
 
-    def __init__(self, layer_name: str, rank: int, slots: int, bytes_per_expert: int, experts: int):
+    def __init__(
+        self,
+        layer_name: str,
+        rank: int,
+        slots: int,
+        bytes_per_expert: int,
+        experts: int,
+    ):
         self._slots, self._bytes_per_expert = slots, bytes_per_expert
         directory = os.environ.get(DIRECTORY_VARIABLE)
         if directory and Path(directory).is_dir():
             pages = _new_file(Path(directory) / f"{rank}@{layer_name}")
         else:
-            # Ray may have started this process on a host that does not have the directory.
+            # Ray may have started this process on a host that does not have the
+            # directory.
             if directory:
                 logger.warning_once(
-                    "The expert-slot counters of rank %d are not on /metrics: the directory %s is "
-                    "not on this host. collective_rpc('expert_slot_counters') answers for all "
-                    "ranks.",
+                    "The expert-slot counters of rank %d are not on /metrics: the "
+                    "directory %s is not on this host. "
+                    "collective_rpc('expert_slot_counters') answers for all ranks.",
                     rank,
                     directory,
                 )
@@ -129,7 +148,11 @@ class SlotCounters:
         names = list(TOTALS)
         self._steps = names.index("steps")
         self._of_hits = names.index("needed"), names.index("hits")
-        self._values[len(TOTALS) :] = (slots, slots * bytes_per_expert, experts * bytes_per_expert)
+        self._values[len(TOTALS) :] = (
+            slots,
+            slots * bytes_per_expert,
+            experts * bytes_per_expert,
+        )
 
     def add(self, plan: "StepPlan") -> None:
         misses, staged = plan.misses, plan.staged
@@ -186,7 +209,8 @@ class LayerReading:
 
 
 def read_counters(directory: Path) -> list[LayerReading]:
-    """Reads every layer's file in `directory`; files of another length are not ours and skipped."""
+    """Reads every layer's file in `directory`; files of another length are not ours and
+    skipped."""
     readings = []
     for path in sorted(directory.iterdir()):
         rank, at, layer = path.name.partition("@")

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layer seam: a `RoutedExperts` whose parameters are rows over experts in host memory."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The layer seam: a `RoutedExperts` whose parameters are rows over experts in host
+memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,15 +24,21 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.load_coverage import LoadCoverage
-from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import SharedStore
-from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import current as shared_store
-from vllm.model_executor.layers.fused_moe.expert_slots.suitability import (
+from vllm.model_executor.layers.fused_moe.expert_slots.refusals.layers import (
     cannot_serve,
     configs_among,
     layer_objection,
     runner_objection,
     top_k_objection,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.store import (
+    SharedStore,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.store import (
+    current as shared_store,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.coverage import (
+    LoadCoverage,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import Memory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
@@ -46,8 +54,12 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import (
 logger = init_logger(__name__)
 
 if TYPE_CHECKING:
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts as _Layer
-    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner as _Runner
+    from vllm.model_executor.layers.fused_moe.routed_experts import (
+        RoutedExperts as _Layer,
+    )
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import (
+        MoERunner as _Runner,
+    )
 else:
     _Layer = _Runner = object
 
@@ -57,7 +69,8 @@ _loading_draft: ContextVar[bool] = ContextVar("_loading_draft", default=False)
 
 @contextmanager
 def building(draft: bool) -> Iterator[None]:
-    """Within, the layers that are built belong to a draft model, or to the model itself."""
+    """Within, the layers that are built belong to a draft model, or to the model
+    itself."""
     token = _loading_draft.set(draft)
     try:
         yield
@@ -66,43 +79,50 @@ def building(draft: bool) -> Iterator[None]:
 
 
 def slotted_layers(layers: Any) -> list[Any]:
-    """Those of `layers` (modules of vLLM's static forward context, or a model's) with slots."""
+    """Those of `layers` (modules of vLLM's static forward context, or a model's) with
+    slots."""
     experts = [getattr(layer, "routed_experts", layer) for layer in layers]
     slotted = [layer for layer in experts if getattr(layer, "slots", None) is not None]
     return list(dict.fromkeys(slotted))
 
 
 def _slots_for(moe_config: FusedMoEConfig) -> tuple[MoEPrefetchConfig, int] | None:
-    """What was asked for, and the slots of a layer that is about to be built; None if it is to be
-    stock's.
+    """What was asked for, and the slots of a layer that is about to be built; None if
+    it is to be stock's.
 
     Raises:
         MoEPrefetchError: the number was not settled.
     """
-    config = MoEPrefetchConfig.from_additional_config(get_current_vllm_config().additional_config)
+    config = MoEPrefetchConfig.from_additional_config(
+        get_current_vllm_config().additional_config
+    )
     if config is None:
         return None
     asked = config.slots_of(draft=_loading_draft.get())
     if asked == "auto":
         raise MoEPrefetchError(
-            "--moe-gpu-prefetch auto was not settled: this engine's configuration was not made "
-            "by EngineArgs, or only its draft has MoE layers. Give a number."
+            "--moe-gpu-prefetch auto was not settled: this engine's configuration "
+            "was not made by EngineArgs, or only its draft has MoE layers. Give a "
+            "number."
         )
     if reason := top_k_objection(moe_config):
-        raise MoEPrefetchError(f"--moe-gpu-prefetch {asked} cannot serve this model: {reason}.")
+        raise MoEPrefetchError(
+            f"--moe-gpu-prefetch {asked} cannot serve this model: {reason}."
+        )
     top_k, experts = moe_config.experts_per_token, moe_config.num_local_experts
     slots = max(asked, top_k)
     if slots >= experts:
         logger.info_once(
-            "--moe-gpu-prefetch %d covers all %d experts of a layer: full residency, nothing "
-            "is offloaded.",
+            "--moe-gpu-prefetch %d covers all %d experts of a layer: full residency, "
+            "nothing is offloaded.",
             asked,
             experts,
         )
         return None
     if slots > asked:
         logger.warning_once(
-            "--moe-gpu-prefetch %d is below the router's top-k; raised to %d slots per layer.",
+            "--moe-gpu-prefetch %d is below the router's top-k; raised to %d slots per "
+            "layer.",
             asked,
             slots,
         )
@@ -112,10 +132,11 @@ def _slots_for(moe_config: FusedMoEConfig) -> tuple[MoEPrefetchConfig, int] | No
 class ExpertSlotsMixin(_Layer):
     """Turns a `RoutedExperts`, stock's or a model's own, into rows over a host store.
 
-    Whether a layer gets slots is decided before stock builds it. One that does not is stock's and
-    nothing else. One that does is created, loaded and processed in host memory, so that its experts
-    are never all on the device. Then (`_process_then_make_slots`) the experts stay there as the
-    store, and the parameters become rows.
+    Whether a layer gets slots is decided before stock builds it. One that does not is
+    stock's and nothing else. One that does is created, loaded and processed in host
+    memory, so that its experts are never all on the device. Then
+    (`_process_then_make_slots`) the experts stay there as the store, and the parameters
+    become rows.
 
     Attributes:
         slots: the layer's manager, None until its weights have been processed.
@@ -144,7 +165,8 @@ class ExpertSlotsMixin(_Layer):
         self._adopt(backend)
 
     def _adopt(self, backend: Backend) -> None:
-        """Arms a layer that stock code has just constructed; its weights are still empty.
+        """Arms a layer that stock code has just constructed; its weights are still
+        empty.
 
         Raises:
             MoEPrefetchError: this layer cannot be slotted.
@@ -152,7 +174,9 @@ class ExpertSlotsMixin(_Layer):
         if reason := layer_objection(self, backend):
             raise cannot_serve(self.layer_name, self, reason)
         self._backend = backend
-        self.load_coverage = LoadCoverage(self, get_current_vllm_config().load_config.load_format)
+        self.load_coverage = LoadCoverage(
+            self, get_current_vllm_config().load_config.load_format
+        )
         self.shared_store = shared_store()
         self.quant_method.experts_cls = backend.slotted(self.quant_method.experts_cls)
         self._process_weights = self.quant_method.process_weights_after_loading
@@ -160,15 +184,20 @@ class ExpertSlotsMixin(_Layer):
         self.quant_method.requires_device_loading = False
         self._memory = self._workers_memory()
         for parameter in self.parameters(recurse=False):
-            # What stock created here is empty yet. What it created elsewhere is the router's.
+            # What stock created here is empty yet. What it created elsewhere is the
+            # router's.
             if backend.pins and parameter.device.type == "cpu":
                 parameter.data = host_tensor(parameter.shape, parameter.dtype)
-            if getattr(getattr(parameter, "weight_loader", None), "__self__", None) is self:
+            if (
+                getattr(getattr(parameter, "weight_loader", None), "__self__", None)
+                is self
+            ):
                 parameter.weight_loader = self.weight_loader
 
     @property
     def routed(self) -> float:
-        """Experts of this rank that a token is expected to need: its share of the top-k."""
+        """Experts of this rank that a token is expected to need: its share of the
+        top-k."""
         return self.top_k * self.local_num_experts / self.global_num_experts
 
     @property
@@ -179,8 +208,8 @@ class ExpertSlotsMixin(_Layer):
     def weight_loader(self, param: Any, *args: Any, **kwargs: Any) -> Any:
         if self.slots is not None:
             raise MoEPrefetchError(
-                f"{self.layer_name}: weights cannot be reloaded into expert slots; restart the "
-                "engine to serve other weights."
+                f"{self.layer_name}: weights cannot be reloaded into expert slots; "
+                "restart the engine to serve other weights."
             )
         if self.load_coverage is not None:
             self.load_coverage.check_shape(param, *args, **kwargs)
@@ -191,9 +220,9 @@ class ExpertSlotsMixin(_Layer):
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self.slots is not None:
             raise MoEPrefetchError(
-                f"{self.layer_name} holds {self.num_slots} of {self.local_num_experts} experts, so "
-                "its parameters are not the model's. Save from an engine without "
-                "--moe-gpu-prefetch."
+                f"{self.layer_name} holds {self.num_slots} of "
+                f"{self.local_num_experts} experts, so its parameters are not the "
+                "model's. Save from an engine without --moe-gpu-prefetch."
             )
         super()._save_to_state_dict(*args, **kwargs)
 
@@ -202,7 +231,8 @@ class ExpertSlotsMixin(_Layer):
         parameters = per_expert_parameters(layer, self.local_num_experts)
         attached = self.shared_store is not None and self.shared_store.ready
         if attached:
-            # The store holds processed experts; stock's processing, on one, builds the kernel.
+            # The store holds processed experts; stock's processing, on one, builds the
+            # kernel.
             for parameter in parameters.values():
                 parameter.data = parameter.data[:1].clone()
         self._process_weights(layer)
@@ -212,19 +242,24 @@ class ExpertSlotsMixin(_Layer):
         for name, other in layer.named_parameters(recurse=False):
             if name not in parameters:
                 other.data = other.data.to(device)
-        store = ExpertStore(self._home({name: p.data for name, p in parameters.items()}))
+        store = ExpertStore(
+            self._home({name: p.data for name, p in parameters.items()})
+        )
         memory = self._memory
         if self.shared_store is not None:
             for tensor in store.tensors.values():
                 memory.pin(tensor, read_only=True)
         rows = ExpertRows(parameters, store, self.num_slots, memory)
-        manager = self._backend.manager(self.slots_config, rows, self, get_world_group().rank)
+        manager = self._backend.manager(
+            self.slots_config, rows, self, get_world_group().rank
+        )
         self.quant_method.moe_kernel.fused_experts.slots = manager
         self.slots = manager
         self.shared_store = None
 
     def _workers_memory(self) -> Memory:
-        """The memory of this worker's rows: that of its first layer, drafts included, or new.
+        """The memory of this worker's rows: that of its first layer, drafts included,
+        or new.
 
         Raises:
             MoEPrefetchError: the device has none of this kind. No weight was read yet.
@@ -237,7 +272,8 @@ class ExpertSlotsMixin(_Layer):
         return self._backend.memory(torch.device(self.moe_config.device))
 
     def _home(self, processed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The experts in the memory where they stay: the shared store, or this process's own."""
+        """The experts in the memory where they stay: the shared store, or this
+        process's own."""
         if self.shared_store is None:
             pins = self._backend.pins
             return {name: _own_pages(t) if pins else t for name, t in processed.items()}
@@ -245,12 +281,15 @@ class ExpertSlotsMixin(_Layer):
             return self.shared_store.add(self.layer_name, processed)
         tensors = self.shared_store.attach(self.layer_name)
         for name, row in processed.items():
-            if tensors[name].shape[1:] != row.shape[1:] or tensors[name].dtype != row.dtype:
+            if (
+                tensors[name].shape[1:] != row.shape[1:]
+                or tensors[name].dtype != row.dtype
+            ):
                 raise MoEPrefetchError(
                     f"the shared store holds {self.layer_name}.{name} as rows of "
-                    f"{tuple(tensors[name].shape[1:])} {tensors[name].dtype}, this model needs "
-                    f"{tuple(row.shape[1:])} {row.dtype}. Remove it with vllm-moe-prefetch "
-                    "stores DIRECTORY --remove."
+                    f"{tuple(tensors[name].shape[1:])} {tensors[name].dtype}, this "
+                    f"model needs {tuple(row.shape[1:])} {row.dtype}. Remove it with "
+                    "vllm-moe-prefetch stores DIRECTORY --remove."
                 )
         return tensors
 
@@ -264,8 +303,9 @@ def _own_pages(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class CheckedMoERunner(_Runner):
-    """Refuses slots where a runner of the model's own computes: it may read the experts' weights
-    by its own ids, and rows are not ids. Stock's runner and the transformers backend's do not."""
+    """Refuses slots where a runner of the model's own computes: it may read the
+    experts' weights by its own ids, and rows are not ids. Stock's runner and the
+    transformers backend's do not."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """A name of vLLM's that stands for something of ours for a time."""
 
 from collections.abc import Iterator

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that differs between the supported versions of vLLM, and nothing else. The tests follow each
-branch of `if VLLM_0_33` into the sources of the version that it is for."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""All that differs between the supported versions of vLLM, and nothing else. The tests
+follow each branch of `if VLLM_0_33` into the sources of the version that it is for."""
 
 from typing import Any
 
@@ -20,14 +21,16 @@ def moe_op_tags() -> tuple[torch.Tag, ...]:
 
 
 def keep_routing_apart(moe_config: Any) -> None:
-    """Rules out kernels that route by themselves; 0.32 can only name a backend that does not."""
+    """Rules out kernels that route by themselves; 0.32 can only name a backend that
+    does not."""
     if VLLM_0_33:
         moe_config.require_decomposed_backend = True
 
 
 def kv_cache_bytes(vllm_config: Any, specs: dict[str, Any]) -> tuple[int, int]:
-    """KV cache of one sequence of `max_model_len`, and of one block, as vLLM's own check at
-    start-up counts them. 0.33 lets the platform and the model group the layers."""
+    """KV cache of one sequence of `max_model_len`, and of one block, as vLLM's own
+    check at start-up counts them. 0.33 lets the platform and the model group the
+    layers."""
     if VLLM_0_33:
         from vllm.v1.core.kv_cache_config_builder import get_kv_cache_config_builder
         from vllm.v1.core.kv_cache_planning import (

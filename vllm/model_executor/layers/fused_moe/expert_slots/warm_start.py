@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warm start: the experts that were resident when an engine ended are resident when the next one
-begins.
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Warm start: the experts that were resident when an engine ended are resident when the
+next one begins.
 
-A worker keeps one small file for all its layers, in the directory that the user named. The file is
-written at the end of the worker and every five minutes before that, so that a killed one leaves
-something too. What is read decides only which experts are copied into slots before the first
-request. A wrong file costs speed and cannot change an answer; so one that is damaged, of another
-model or of another user is ignored with one line.
+A worker keeps one small file for all its layers, in the directory that the user named.
+The file is written at the end of the worker and every five minutes before that, so that
+a killed one leaves something too. What is read decides only which experts are copied
+into slots before the first request. A wrong file costs speed and cannot change an
+answer; so one that is damaged, of another model or of another user is ignored with one
+line.
 """
 
 import os
@@ -19,17 +21,27 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 
 from vllm.model_executor.layers.fused_moe.expert_slots.backend import SlotManager
-from vllm.model_executor.layers.fused_moe.expert_slots.checkpoint_identity import (
+from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import Ranking
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.identity import (
     checkpoint_directory,
     store_identity,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import Ranking
-from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import key_of, open_own
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.store import (
+    key_of,
+    open_own,
+)
 
 logger = init_logger(__name__)
 
@@ -37,10 +49,12 @@ WARM_START = "warm_start"
 """The option of `MoEPrefetchConfig`."""
 
 INTERVAL_S, IDLE_S = 300.0, 5.0
-"""Seconds between two writes of a worker under load, and after which one without load writes."""
+"""Seconds between two writes of a worker under load, and after which one without load
+writes."""
 
 _PATIENCE_S = 10.0
-"""Seconds that the end waits for a write that has begun: the disk or the GPU may hang."""
+"""Seconds that the end waits for a write that has begun: the disk or the GPU may
+hang."""
 
 MAX_BYTES = 1 << 24
 """A hundred layers of 512 experts are 1.5 MB; what is larger is not read."""
@@ -49,8 +63,8 @@ _IDENTITY = (
     *("model", "weights", "configuration", "rank"),
     *("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel"),
 )
-"""What says which expert is which, out of `store_identity`. The number of slots and the policy do
-not: residents of another N and policy are of use too."""
+"""What says which expert is which, out of `store_identity`. The number of slots and the
+policy do not: residents of another N and policy are of use too."""
 
 
 def residents_identity(vllm_config: VllmConfig, rank: int) -> dict[str, Any]:
@@ -58,14 +72,21 @@ def residents_identity(vllm_config: VllmConfig, rank: int) -> dict[str, Any]:
     speculation = vllm_config.speculative_config
     draft = speculation.draft_model_config if speculation is not None else None
     models = [_identity(vllm_config, vllm_config.model_config, rank)]
-    if draft is not None and (other := _identity(vllm_config, draft, rank)) != models[0]:
+    if (
+        draft is not None
+        and (other := _identity(vllm_config, draft, rank)) != models[0]
+    ):
         models.append(other)
     return {"models": models}
 
 
-def _identity(vllm_config: VllmConfig, model_config: ModelConfig, rank: int) -> dict[str, Any]:
+def _identity(
+    vllm_config: VllmConfig, model_config: ModelConfig, rank: int
+) -> dict[str, Any]:
     directory = checkpoint_directory(vllm_config, model_config)
-    if directory is None:  # a draft's: the model's own directory was asked for before loading
+    if (
+        directory is None
+    ):  # a draft's: the model's own directory was asked for before loading
         return {"model": model_config.model, "rank": rank}
     identity = store_identity(vllm_config, model_config, directory, rank)
     return {name: identity[name] for name in _IDENTITY}
@@ -88,7 +109,9 @@ class _Layer(_Strict):
     @model_validator(mode="after")
     def _fits(self) -> "_Layer":
         if len(self.counts) != len(self.experts):
-            raise ValueError(f"{len(self.experts)} experts and {len(self.counts)} counts")
+            raise ValueError(
+                f"{len(self.experts)} experts and {len(self.counts)} counts"
+            )
         if len(set(self.experts)) != len(self.experts):
             raise ValueError("an expert is there twice")
         if self.experts and max(self.experts) >= self.num_experts:
@@ -104,11 +127,12 @@ class _Content(_Strict):
 
 
 class ResidentsFile:
-    """Where the residents of one identity are kept, in a directory that `make_place` has checked.
+    """Where the residents of one identity are kept, in a directory that `make_place`
+    has checked.
 
     Attributes:
-        path: the file; its name follows from the identity, so that models and ranks can share the
-            directory.
+        path: the file; its name follows from the identity, so that models and ranks can
+            share the directory.
     """
 
     def __init__(self, place: Path, identity: dict[str, Any]):
@@ -116,37 +140,51 @@ class ResidentsFile:
         self.path = place / f"residents-{key_of(identity)}.json"
 
     def read(self, managers: Mapping[str, SlotManager]) -> dict[str, Ranking]:
-        """What the layers of `managers`, by name, are to start with. Logs one line: what was found,
-        or why nothing is used."""
+        """What the layers of `managers`, by name, are to start with. Logs one line:
+        what was found, or why nothing is used."""
         try:
             content = self._content()
             if content.identity != self._identity:
                 raise _Unusable("it belongs to another model or rank")
-            found = {name: content.layers[name] for name in managers if name in content.layers}
+            found = {
+                name: content.layers[name]
+                for name in managers
+                if name in content.layers
+            }
             for name, layer in found.items():
                 if layer.num_experts != managers[name].num_experts:
                     raise _Unusable(
-                        f"{name} has {managers[name].num_experts} experts, not {layer.num_experts}"
+                        f"{name} has {managers[name].num_experts} experts, not "
+                        f"{layer.num_experts}"
                     )
         except FileNotFoundError:
-            logger.info("Warm start: %s is not there yet; slots start as without it.", self.path)
+            logger.info(
+                "Warm start: %s is not there yet; slots start as without it.", self.path
+            )
             return {}
         except (_Unusable, OSError) as reason:
             logger.warning(
-                "Warm start: %s is ignored: %s. Slots start as without it.", self.path, reason
+                "Warm start: %s is ignored: %s. Slots start as without it.",
+                self.path,
+                reason,
             )
             return {}
         logger.info(
-            "Warm start: the slots of %d of %d MoE layers are filled from %s, written %s.",
+            "Warm start: the slots of %d of %d MoE layers are filled from %s, written "
+            "%s.",
             len(found),
             len(managers),
             self.path,
             content.written.isoformat(" ", "seconds"),
         )
-        return {name: Ranking(layer.experts, layer.counts) for name, layer in found.items()}
+        return {
+            name: Ranking(layer.experts, layer.counts) for name, layer in found.items()
+        }
 
     def _content(self) -> _Content:
-        opened = open_own(self.path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
+        opened = open_own(
+            self.path, os.O_RDONLY | os.O_NONBLOCK
+        )  # a pipe would wait for a writer
         if isinstance(opened, str):
             raise _Unusable(f"it {opened}")
         with open(opened, "rb") as file:
@@ -160,8 +198,11 @@ class ResidentsFile:
             where = ".".join(map(str, first["loc"]))
             raise _Unusable(f"it is damaged ({where!r}: {first['msg']})") from None
 
-    def write(self, rankings: Mapping[str, Ranking], managers: Mapping[str, SlotManager]) -> None:
-        """Replaces the file at once, so that a reader sees the old one or the new one, whole.
+    def write(
+        self, rankings: Mapping[str, Ranking], managers: Mapping[str, SlotManager]
+    ) -> None:
+        """Replaces the file at once, so that a reader sees the old one or the new one,
+        whole.
 
         Raises:
             OSError: the directory cannot be written.
@@ -174,8 +215,12 @@ class ResidentsFile:
             )
             for name, ranking in rankings.items()
         }
-        content = _Content(identity=self._identity, written=datetime.now(UTC), layers=layers)
-        descriptor, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f"{self.path.name}.")
+        content = _Content(
+            identity=self._identity, written=datetime.now(UTC), layers=layers
+        )
+        descriptor, temporary = tempfile.mkstemp(
+            dir=self.path.parent, prefix=f"{self.path.name}."
+        )
         try:
             with open(descriptor, "w") as file:
                 file.write(content.model_dump_json())
@@ -191,18 +236,20 @@ class _Unusable(Exception):
 
 
 class ResidentsKeeper:
-    """Writes the residents of a worker's layers to their file: every `INTERVAL_S` under load, once
-    no step was made for `IDLE_S`, and at the end.
+    """Writes the residents of a worker's layers to their file: every `INTERVAL_S` under
+    load, once no step was made for `IDLE_S`, and at the end.
 
     The end may not come in order: `vllm serve` kills its engine at SIGTERM, unless
-    `--shutdown-timeout` gives it time. A server that was idle before has written by then.
+    `--shutdown-timeout` gives it time. A server that was idle before has written by
+    then.
 
-    A thread keeps the intervals, because a worker calls nothing when it is idle: under load it goes
-    from step to step, without load it waits for a message. The thread adds nothing to a step. It
-    copies each layer's tables as they are, on a GPU over a stream of its own, without waiting for
-    the engine's. If a step changed the tables meanwhile and they do not fit each other, the last
-    good reading of that layer is kept. The thread starts after warm-up, so that it does not copy
-    while a CUDA graph is captured. Sleep mode, which would unmap the tables, is refused with slots.
+    A thread keeps the intervals, because a worker calls nothing when it is idle: under
+    load it goes from step to step, without load it waits for a message. The thread adds
+    nothing to a step. It copies each layer's tables as they are, on a GPU over a stream
+    of its own, without waiting for the engine's. If a step changed the tables meanwhile
+    and they do not fit each other, the last good reading of that layer is kept. The
+    thread starts after warm-up, so that it does not copy while a CUDA graph is
+    captured. Sleep mode, which would unmap the tables, is refused with slots.
     """
 
     def __init__(self, file: ResidentsFile, managers: Mapping[str, SlotManager]):
@@ -210,7 +257,9 @@ class ResidentsKeeper:
         self._rankings: dict[str, Ranking] = {}
         self._steps = 0
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="expert-residents", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, name="expert-residents", daemon=True
+        )
         self._thread.start()
 
     def _run(self) -> None:
@@ -225,7 +274,8 @@ class ResidentsKeeper:
         return sum(manager.counters.steps for manager in self._managers.values())
 
     def write(self) -> None:
-        """Writes what is resident, unless no layer made a step since it was written or filled."""
+        """Writes what is resident, unless no layer made a step since it was written or
+        filled."""
         steps = self._count()
         if steps == self._steps:
             return
@@ -235,7 +285,8 @@ class ResidentsKeeper:
                     self._rankings[name] = manager.ranking()
             self._file.write(self._rankings, self._managers)
         except Exception as error:
-            # Whatever it is, a lost GPU included: the worker goes on, or ends as it would.
+            # Whatever it is, a lost GPU included: the worker goes on, or ends as it
+            # would.
             logger.warning("Warm start: %s was not written: %s", self._file.path, error)
             return
         self._steps = steps
@@ -244,7 +295,9 @@ class ResidentsKeeper:
     def close(self) -> None:
         """Writes for the last time. Does nothing more when it is called again."""
         self._closed.set()
-        if self._thread is not threading.current_thread():  # that may collect a dropped engine
+        if (
+            self._thread is not threading.current_thread()
+        ):  # that may collect a dropped engine
             self._thread.join(_PATIENCE_S)
             if self._thread.is_alive():
                 return

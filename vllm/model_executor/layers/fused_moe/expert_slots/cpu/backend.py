@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Expert slots on vLLM's CPU platform."""
 
 from typing import Any
@@ -12,7 +13,10 @@ from vllm.model_executor.layers.fused_moe.expert_slots.cpu.experts import (
     slotted_cpu_experts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu.manager import CPUSlotManager
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory, Memory
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import (
+    HostMemory,
+    Memory,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
 
 
@@ -24,7 +28,9 @@ class CPUBackend(Backend):
 
     def objection(self, layer: Any) -> str | None:
         if layer.use_ep:
-            return "stock's CPU kernels take no expert map; drop --enable-expert-parallel"
+            return (
+                "stock's CPU kernels take no expert map; drop --enable-expert-parallel"
+            )
         method = layer.quant_method
         experts_cls = getattr(method, "experts_cls", None)
         name = getattr(experts_cls, "__name__", type(method).__name__)
@@ -35,7 +41,11 @@ class CPUBackend(Backend):
     def processed_width(self, layer: Any) -> int:
         experts_cls = getattr(layer.quant_method, "experts_cls", None)
         padded = getattr(experts_cls, "_padded_intermediate_size", None)
-        return super().processed_width(layer) if padded is None else int(padded(layer.moe_config))
+        return (
+            super().processed_width(layer)
+            if padded is None
+            else int(padded(layer.moe_config))
+        )
 
     def slotted(self, experts_cls: type) -> type:
         return slotted_cpu_experts(experts_cls)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Stock's fused-MoE kernels of the CPU platform over permuted rows.
 
-Only the kernel's own call is ours. What stock does around it (weights applied to the input, shared
-experts) stays as it is and stays traced, so that compiled code is the same code.
+Only the kernel's own call is ours. What stock does around it (weights applied to the
+input, shared experts) stays as it is and stays traced, so that compiled code is the
+same code.
 """
 
 from functools import cache
@@ -21,7 +23,9 @@ from vllm.model_executor.layers.fused_moe.expert_slots.backend import SlotManage
 from vllm.model_executor.layers.fused_moe.expert_slots.versions import moe_op_tags
 
 if TYPE_CHECKING:
-    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts as _Stock
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (
+        CPUUnquantizedExperts as _Stock,
+    )
 else:
     _Stock = object
 
@@ -31,8 +35,8 @@ CPU_EXPERTS_CLASSES = {
     "ArmCPUUnquantizedExperts",
     "PowerCPUUnquantizedExperts",
 }
-"""Stock's kernels of the CPU platform that are known to run on remapped expert ids and to give the
-same bits."""
+"""Stock's kernels of the CPU platform that are known to run on remapped expert ids and
+to give the same bits."""
 
 
 class SlottedCPUExperts(_Stock):
@@ -57,11 +61,14 @@ class SlottedCPUExperts(_Stock):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Decides, loads and computes one step of the layer. Takes what stock's `apply` takes;
-        weights and options are read off the layer, as the opaque op has no arguments for them."""
+        """Decides, loads and computes one step of the layer. Takes what stock's `apply`
+        takes; weights and options are read off the layer, as the opaque op has no
+        arguments for them."""
         if torch.compiler.is_compiling():
             name = _encode_layer_name(self.layer.layer_name)
-            torch.ops.vllm.moe_expert_slots(output, hidden_states, topk_weights, topk_ids, name)
+            torch.ops.vllm.moe_expert_slots(
+                output, hidden_states, topk_weights, topk_ids, name
+            )
         else:
             self.run_step(output, hidden_states, topk_weights, topk_ids)
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """One layer's slots on the CPU platform: tables, decisions, loads, counters."""
 
 import numpy as np
@@ -43,7 +44,9 @@ class CPUSlotManager(SlotManager):
         rows: np.ndarray = self.tables.expert_to_row.take(ids)
         return rows.astype(ids.dtype, copy=False)
 
-    def step(self, topk_ids: torch.Tensor, is_padding: torch.Tensor | None = None) -> torch.Tensor:
+    def step(
+        self, topk_ids: torch.Tensor, is_padding: torch.Tensor | None = None
+    ) -> torch.Tensor:
         ids = topk_ids.numpy()
         rows = self._rows_of(ids)
         if is_padding is None and rows.size and rows.min() >= self.tables.num_staged:
@@ -58,8 +61,8 @@ class CPUSlotManager(SlotManager):
         return self.remap(topk_ids)
 
     def _count_hits(self, ids: np.ndarray) -> None:
-        """What is left to do of a step without a miss or a row of padding. Most decode steps are
-        such, and cost a quarter less than by `plan`."""
+        """What is left to do of a step without a miss or a row of padding. Most decode
+        steps are such, and cost a quarter less than by `plan`."""
         needed = needed_experts(ids, self.num_experts)
         self.history.touch(needed)
         self.counters.add_hits(int(np.count_nonzero(needed)))

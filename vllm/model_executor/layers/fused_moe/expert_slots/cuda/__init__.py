@@ -1,2 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Expert slots on CUDA: decisions and loads are kernels."""

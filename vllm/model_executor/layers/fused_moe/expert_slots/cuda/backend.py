@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Expert slots on CUDA."""
 
 from typing import Any
@@ -9,14 +10,22 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 
 from vllm.model_executor.layers.fused_moe.expert_slots.backend import Backend
+from vllm.model_executor.layers.fused_moe.expert_slots.capacity.host_memory import (
+    pinning_objection,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.cuda.experts import SlottedTritonExperts
-from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import CudaSlotManager
-from vllm.model_executor.layers.fused_moe.expert_slots.host_memory import pinning_objection
-from vllm.model_executor.layers.fused_moe.expert_slots.versions import keep_routing_apart
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.experts import (
+    SlottedTritonExperts,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
+    CudaSlotManager,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.versions import (
+    keep_routing_apart,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.driver import cuda_driver
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import (
     DeviceMemory,
@@ -38,8 +47,15 @@ class CudaBackend(Backend):
     def objection(self, layer: Any) -> str | None:
         method = layer.quant_method
         if not isinstance(method, UnquantizedFusedMoEMethod):
-            name = layer.quant_config.get_name() if layer.quant_config else type(method).__name__
-            return f"its experts are quantised ({name}), and slots on a GPU serve none of those yet"
+            name = (
+                layer.quant_config.get_name()
+                if layer.quant_config
+                else type(method).__name__
+            )
+            return (
+                f"its experts are quantised ({name}), and slots on a GPU serve none of "
+                f"those yet"
+            )
         name = getattr(getattr(method, "experts_cls", None), "__name__", "none")
         if name == "TritonExperts":
             return None
@@ -53,7 +69,9 @@ class CudaBackend(Backend):
             raise MoEPrefetchError(f"--moe-gpu-prefetch: {reason}")
         return DeviceMemory(
             cuda_driver(),
-            torch.accelerator.current_device_index() if device.index is None else device.index,
+            torch.accelerator.current_device_index()
+            if device.index is None
+            else device.index,
             capturing=torch.cuda.is_current_stream_capturing,
             reclaim=torch.cuda.empty_cache,
         )

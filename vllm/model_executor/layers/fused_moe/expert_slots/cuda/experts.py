@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Stock's Triton fused-MoE kernel over permuted rows.
 
-Results equal full residency bit for bit, because the kernel is called as stock calls it, on tensors
-of stock's shape: configuration, block sizes and shortcuts are stock's, and a token's arithmetic
-does not depend on the row that its expert lies in.
+Results equal full residency bit for bit, because the kernel is called as stock calls
+it, on tensors of stock's shape: configuration, block sizes and shortcuts are stock's,
+and a token's arithmetic does not depend on the row that its expert lies in.
 """
 
 from typing import Any
@@ -14,7 +15,9 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 
-from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import CudaSlotManager
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
+    CudaSlotManager,
+)
 
 
 class SlottedTritonExperts(TritonExperts):
@@ -40,10 +43,12 @@ class SlottedTritonExperts(TritonExperts):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Decides, loads and computes one step of the layer. Takes what stock's `apply` takes.
+        """Decides, loads and computes one step of the layer. Takes what stock's `apply`
+        takes.
 
-        Under expert parallelism stock's kernel gets the ids as they are, and the map from the
-        model's experts to rows in the place of its expert map, so that it aligns as it does.
+        Under expert parallelism stock's kernel gets the ids as they are, and the map
+        from the model's experts to rows in the place of its expert map, so that it
+        aligns as it does.
         """
         assert self.slots is not None
         rows = self.slots.step(topk_ids, _padding(len(topk_ids)))
@@ -67,8 +72,8 @@ class SlottedTritonExperts(TritonExperts):
 
 
 def _padding(num_tokens: int) -> torch.Tensor | None:
-    """The step's mask of padding rows, [tokens] bool, where stock's routers use it too. Otherwise a
-    model runner may leave it as a graph's capture set it, all true."""
+    """The step's mask of padding rows, [tokens] bool, where stock's routers use it too.
+    Otherwise a model runner may leave it as a graph's capture set it, all true."""
     if not (envs.VLLM_MOE_SKIP_PADDING and is_forward_context_available()):
         return None
     mask = getattr(get_forward_context(), "is_padding", None)

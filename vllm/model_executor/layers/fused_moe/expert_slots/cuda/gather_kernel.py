@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies the experts that a step misses from the host store into their rows, in one launch.
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Copies the experts that a step misses from the host store into their rows, in one
+launch.
 
-The kernel reads pinned host memory through its device address: no copy engine, so no host decides
-what is copied, and a captured graph copies what each replay misses. Work is dealt out in units of
-one tensor of one expert; a program that finds no unit left ends.
+The kernel reads pinned host memory through its device address: no copy engine, so no
+host decides what is copied, and a captured graph copies what each replay misses. Work
+is dealt out in units of one tensor of one expert; a program that finds no unit left
+ends.
 
-It must never be launched with programmatic dependent launch: staging rows are overwritten by the
-next layer, and what keeps that right is that this layer's GEMM has ended by then.
+It must never be launched with programmatic dependent launch: staging rows are
+overwritten by the next layer, and what keeps that right is that this layer's GEMM has
+ended by then.
 """
 
 from collections.abc import Sequence
@@ -16,7 +20,8 @@ from vllm.triton_utils import tl, triton
 
 LANE_BYTES = 16
 UNIT_BYTES = 1 << 15
-"""What a program copies at a time: enough loads in flight to cover the latency of the bus."""
+"""What a program copies at a time: enough loads in flight to cover the latency of the
+bus."""
 
 NARROW_BYTES = 1 << 10
 """The same where rows are no multiple of a lane (scales, some biases): byte by byte."""
@@ -57,7 +62,9 @@ def gather_kernel(
             words = tl.multiple_of(left // 8, 2)
             home = tl.multiple_of(source.to(tl.pointer_type(tl.int64)), 16)
             here = tl.multiple_of(target.to(tl.pointer_type(tl.int64)), 16)
-            tl.store(here + word, tl.load(home + word, mask=word < words), mask=word < words)
+            tl.store(
+                here + word, tl.load(home + word, mask=word < words), mask=word < words
+            )
         else:
             byte = tl.arange(0, NARROW)
             home_byte = source.to(tl.pointer_type(tl.int8))
@@ -102,8 +109,11 @@ class Gather:
             "NARROW": 0 if all(wide) else NARROW_BYTES,
         }
 
-    def launch(self, num_loads: torch.Tensor, experts: torch.Tensor, rows: torch.Tensor) -> None:
-        """Copies the first `num_loads` ([1] int32) of `experts` into `rows`, both [E] int32."""
+    def launch(
+        self, num_loads: torch.Tensor, experts: torch.Tensor, rows: torch.Tensor
+    ) -> None:
+        """Copies the first `num_loads` ([1] int32) of `experts` into `rows`, both [E]
+        int32."""
         gather_kernel[(PROGRAMS,)](
             num_loads, experts, rows, *self._arguments, **self._constants, num_warps=8
         )

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer's slots on a GPU: the decisions of `decisions/step.py` and the loads, a kernel each, so
-that a step never waits for the host and can be captured in a CUDA graph."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""One layer's slots on a GPU: the decisions of `decisions/step.py` and the loads, a
+kernel each, so that a step never waits for the host and can be captured in a CUDA
+graph."""
 
 from functools import cache
 
@@ -19,7 +21,9 @@ from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
     ExpertHistory,
     Ranking,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import checked_residency
+from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import (
+    checked_residency,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
 
 
@@ -31,7 +35,8 @@ class CudaSlotManager(SlotManager):
         expert_to_row: [E] int32.
         last_needed, frequency: [E] int64, as in `ExpertHistory`.
         totals: the counters, int64 in the order of `TOTALS`.
-        num_loads: [1] int32. load_experts, load_rows: [E] int32, the loads of the last step.
+        num_loads: [1] int32. load_experts, load_rows: [E] int32, the loads of the last
+            step.
     """
 
     def __init__(
@@ -42,8 +47,8 @@ class CudaSlotManager(SlotManager):
         rank: int = 0,
         expert_map: torch.Tensor | None = None,
     ):
-        """Args:
-        expert_map: under expert parallelism [experts of the model] int32, id on this rank or -1.
+        """Args: expert_map: under expert parallelism [experts of the model] int32, id
+        on this rank or -1.
         """
         super().__init__(config, rows, layer_name, rank)
         tensors = list(rows.tensors.values())
@@ -66,7 +71,8 @@ class CudaSlotManager(SlotManager):
         self.load_experts = zeros(experts)
         self.load_rows = zeros(experts)
         self._expert_map = expert_map
-        # A kernel that looks the id -1 up in the map finds the entry in front of it: no row.
+        # A kernel that looks the id -1 up in the map finds the entry in front of it: no
+        # row.
         self._mapped = None if expert_map is None else zeros(1 + len(expert_map)) - 1
         pad = triton.next_power_of_2(experts)
         self._scratch = zeros(pad), zeros(pad)
@@ -86,12 +92,16 @@ class CudaSlotManager(SlotManager):
         self.counters.clear()
         self.rows.fill_slots(tables.slot_to_expert.tolist())
 
-    def step(self, topk_ids: torch.Tensor, is_padding: torch.Tensor | None = None) -> torch.Tensor:
+    def step(
+        self, topk_ids: torch.Tensor, is_padding: torch.Tensor | None = None
+    ) -> torch.Tensor:
         rows = self.plan(topk_ids, is_padding)
         self.load()
         return rows
 
-    def plan(self, topk_ids: torch.Tensor, is_padding: torch.Tensor | None = None) -> torch.Tensor:
+    def plan(
+        self, topk_ids: torch.Tensor, is_padding: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Decides one step; takes and returns what `step` does."""
         topk_ids = topk_ids.contiguous()
         mapped = self._mapped
@@ -132,13 +142,15 @@ class CudaSlotManager(SlotManager):
         return checked_residency(*(table.cpu().numpy() for table in tables))
 
     def ranking(self) -> Ranking:
-        """As the interface says, over a stream of its own. It waits for its five small copies, and
-        neither for the engine's stream nor that stream for it: there may be steps in it, or a
-        collective operation that will never end."""
+        """As the interface says, over a stream of its own. It waits for its five small
+        copies, and neither for the engine's stream nor that stream for it: there may be
+        steps in it, or a collective operation that will never end."""
         where = self.slot_to_expert
         stream = _reading_stream(where.device) if where.is_cuda else None
         with torch.cuda.device_of(where), torch.cuda.stream(stream):
-            history = ExpertHistory(self.num_experts, self.config.policy, self.config.lfu_half_life)
+            history = ExpertHistory(
+                self.num_experts, self.config.policy, self.config.lfu_half_life
+            )
             history.last_needed = self.last_needed.cpu().numpy()
             history.frequency = self.frequency.cpu().numpy()
             return Ranking.of(self.residency(), history)
@@ -146,6 +158,6 @@ class CudaSlotManager(SlotManager):
 
 @cache
 def _reading_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all layers of a device: torch deals its streams out of a pool of 32, in turn, so that
-    one for each layer would be the engine's own streams too."""
+    """One for all layers of a device: torch deals its streams out of a pool of 32, in
+    turn, so that one for each layer would be the engine's own streams too."""
     return torch.cuda.Stream(device)

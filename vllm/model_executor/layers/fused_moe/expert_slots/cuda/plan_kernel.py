@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`decisions.step.plan_step` as one Triton program: decides a layer's step on the device.
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""`decisions.step.plan_step` as one Triton program: decides a layer's step on the
+device.
 
-One program does the whole step, so that nothing is ordered by chance: there are no atomics, and
-what one part writes to memory the next part reads behind a barrier of that one program. Where every
-needed expert is resident, it ends after one reduction and one barrier.
+One program does the whole step, so that nothing is ordered by chance: there are no
+atomics, and what one part writes to memory the next part reads behind a barrier of that
+one program. Where every needed expert is resident, it ends after one reduction and one
+barrier.
 """
 
 from vllm.triton_utils import tl, triton
 
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import TOTALS
-from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import FREQUENCY_UNIT
+from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
+    FREQUENCY_UNIT,
+)
 
 FEW_IDS = 128
-"""Up to so many expert ids are compared with the experts in registers, not through memory."""
+"""Up to so many expert ids are compared with the experts in registers, not through
+memory."""
 
 IDS = 1024
 """Expert ids that the kernel looks at together."""
@@ -21,10 +27,30 @@ _NEVER = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 """The key of what takes no part in a ranking: behind all that does."""
 
 _NUM_TOTALS = tl.constexpr(len(TOTALS))
-_STEPS, _NEEDED, _HITS, _MISSES, _LOADS, _STAGED, _EVICTIONS, _STAGED_STEPS, _OVERFLOWS, _BYTES = (
+(
+    _STEPS,
+    _NEEDED,
+    _HITS,
+    _MISSES,
+    _LOADS,
+    _STAGED,
+    _EVICTIONS,
+    _STAGED_STEPS,
+    _OVERFLOWS,
+    _BYTES,
+) = (
     tl.constexpr([*TOTALS].index(name))
     for name in (
-        *("steps", "needed", "hits", "misses", "loads", "staged", "evictions", "staged_steps"),
+        *(
+            "steps",
+            "needed",
+            "hits",
+            "misses",
+            "loads",
+            "staged",
+            "evictions",
+            "staged_steps",
+        ),
         *("overflow_steps", "bytes_loaded"),
     )
 )
@@ -34,7 +60,9 @@ def plan_constants(
     num_experts: int, num_slots: int, policy: str, lfu_half_life: int
 ) -> dict[str, int | bool]:
     """The constants of a layer's launches."""
-    experts, slots = (triton.next_power_of_2(count) for count in (num_experts, num_slots))
+    experts, slots = (
+        triton.next_power_of_2(count) for count in (num_experts, num_slots)
+    )
     num_warps = 4 if experts <= 128 else 8
     together = 1024 * num_warps  # keys compared with each other: 32 a thread
     return {
@@ -84,19 +112,21 @@ def _rank(key, tie, COUNT: tl.constexpr, CHUNK: tl.constexpr):
         other = begin + tl.arange(0, CHUNK)
         theirs = tl.gather(key, other, 0)[:, None]
         before = (theirs < key[None, :]) | (
-            (theirs == key[None, :]) & (tl.gather(tie, other, 0)[:, None] < tie[None, :])
+            (theirs == key[None, :])
+            & (tl.gather(tie, other, 0)[:, None] < tie[None, :])
         )
         rank += tl.sum(before.to(tl.int32), axis=0)
     return rank
 
 
-# What changes from step to step is no constant of the kernel: serving must not wait for a compiler.
+# What changes from step to step is no constant of the kernel: serving must not wait for
+# a compiler.
 @triton.jit(do_not_specialize=["num_ids", "num_ids_known", "bytes_per_expert"])
 def plan_kernel(
     # what the step routes
     topk_ids,  # [tokens, top_k] int32 or int64
     is_padding,  # [tokens] bool; read only if HAS_PADDING
-    expert_map,  # [num_ids_known] int32, id -> this rank's expert or -1; read only if HAS_MAP
+    expert_map,  # [num_ids_known] int32, id -> this rank's expert or -1; if HAS_MAP
     num_ids,  # tokens * top_k
     num_ids_known,  # experts of the model; E unless HAS_MAP
     # the layer's state
@@ -105,14 +135,14 @@ def plan_kernel(
     expert_to_row,  # [E] int32
     last_needed,  # [E] int64
     frequency,  # [E] int64
-    totals,  # [totals] int64 in the order of TOTALS; the first, steps, is recency's clock
-    mirror,  # address of [totals] int64, the counters once more, where the host reads them
+    totals,  # [totals] int64 in the order of TOTALS; steps is recency's clock
+    mirror,  # address of [totals] int64: a copy that the host reads
     bytes_per_expert,
     # what the step is told to do
     num_loads,  # [1] int32
     load_experts,  # [E] int32
     load_rows,  # [E] int32
-    rows,  # [tokens, top_k] like topk_ids, the row of each; if HAS_MAP [num_ids_known] int32 of ids
+    rows,  # row of each id of topk_ids, in its shape; if HAS_MAP [num_ids_known] int32
     # memory of the program's own
     flags,  # [E_PAD] int32
     freed,  # [E_PAD] int32, the slots of victims in their order
@@ -204,9 +234,13 @@ def plan_kernel(
         tl.store(freed + victim, slot, mask=leaves)
         tl.debug_barrier()
         is_staged = miss & (enters == 0)
-        away = is_expert & (leaves | ((slot < 0) & (enters == 0)))  # not resident after the step
+        away = is_expert & (
+            leaves | ((slot < 0) & (enters == 0))
+        )  # not resident after the step
         before = tl.cumsum(
-            enters.to(tl.int64) + (is_staged.to(tl.int64) << 20) + (away.to(tl.int64) << 40)
+            enters.to(tl.int64)
+            + (is_staged.to(tl.int64) << 20)
+            + (away.to(tl.int64) << 40)
         )
         entry = (before & 0xFFFFF).to(tl.int32) - 1
         staged_entry = ((before >> 20) & 0xFFFFF).to(tl.int32) - 1
@@ -219,7 +253,8 @@ def plan_kernel(
         tl.store(load_experts + load, e, mask=miss)
         tl.store(load_rows + load, row, mask=miss)
 
-    # The old recency, frequency and counts have been read, and the new rows are there, behind this.
+    # The old recency, frequency and counts have been read, and the new rows are there,
+    # behind this.
     tl.debug_barrier()
     if num_needed > 0:
         tl.store(last_needed + e, step, mask=needed)

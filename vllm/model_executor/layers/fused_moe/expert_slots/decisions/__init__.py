@@ -1,2 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What a step does: needed experts, victims, rows. No device, no copies."""

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one step of one layer does: the code of the CPU platform, the oracle of the CUDA kernel.
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What one step of one layer does: the code of the CPU platform, the oracle of the CUDA
+kernel.
 
-Every per-expert tensor of a layer keeps stock's shape `[E, ...]`. Its last N rows are the layer's
-slots. Its first `S = E - N` rows are staging, memory that all layers share:
+Every per-expert tensor of a layer keeps stock's shape `[E, ...]`. Its last N rows are
+the layer's slots. Its first `S = E - N` rows are staging, memory that all layers share:
 
     row      0 ............. S-1 | S ............. E-1
              staging             | slot 0 ... slot N-1
 
-A step needs a set of experts. Hits are in slots. A miss takes the slot of the least valuable expert
-that the step does not need. When no such slot is left, the miss is loaded into a staging row, used,
-and forgotten. Exactly N experts are resident and exactly S are not, so every expert has a row: a
-resident its slot, any other the staging row of its rank among the non-residents. The table
-expert -> row is a permutation, whatever is routed, and every step is one launch of stock's kernel.
+A step needs a set of experts. Hits are in slots. A miss takes the slot of the least
+valuable expert that the step does not need. When no such slot is left, the miss is
+loaded into a staging row, used, and forgotten. Exactly N experts are resident and
+exactly S are not, so every expert has a row: a resident its slot, any other the staging
+row of its rank among the non-residents. The table expert -> row is a permutation,
+whatever is routed, and every step is one launch of stock's kernel.
 """
 
 from collections.abc import Sequence
@@ -19,7 +22,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import ExpertHistory
+from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
+    ExpertHistory,
+)
 
 _NONE: np.ndarray = np.empty(0, np.int64)
 
@@ -31,7 +36,8 @@ class StepPlan:
     Attributes:
         needed: distinct experts that the step needs.
         hits: how many of them were resident when it began.
-        staged: how many of the others are loaded into staging rows; the last of the loads.
+        staged: how many of the others are loaded into staging rows; the last of the
+            loads.
         load_experts: [misses] int64, the experts to load.
         load_rows: [misses] int64, the row of each.
     """
@@ -53,15 +59,15 @@ class ResidencyTables:
     Attributes:
         slot_to_expert: [N] int64.
         expert_to_slot: [E] int64, -1 = not resident; the inverse of `slot_to_expert`.
-        expert_to_row: [E + 1] int64, a permutation of the rows; the last entry is a guard that
-            keeps the id -1 (a padding row) at -1.
+        expert_to_row: [E + 1] int64, a permutation of the rows; the last entry is a
+            guard that keeps the id -1 (a padding row) at -1.
     """
 
     def __init__(
         self, num_experts: int, num_slots: int, residents: Sequence[int] | None = None
     ) -> None:
-        """Args:
-        residents: N distinct experts, which get the slots in the order of their ids. Not given:
+        """Args: residents: N distinct experts, which get the slots in the order of
+        their ids. Not given:
             experts 0 ... N-1.
         """
         self.num_experts = num_experts
@@ -77,7 +83,8 @@ class ResidencyTables:
         self.expert_to_row[(self.expert_to_slot < 0).nonzero()[0]] = self._staging_rows
 
     def replace(self, leaving: np.ndarray, entering: np.ndarray) -> None:
-        """Gives the slots of the residents `leaving` to `entering`, both [n] int64, one for one."""
+        """Gives the slots of the residents `leaving` to `entering`, both [n] int64, one
+        for one."""
         slots = self.expert_to_slot[leaving]
         self.expert_to_slot[leaving] = -1
         self.expert_to_slot[entering] = slots
@@ -97,33 +104,44 @@ def checked_residency(
         expert_to_row: [E] integers.
 
     Raises:
-        AssertionError: the first two are not each other's inverse, the third is no permutation, or
-            a resident's row is not its slot.
+        AssertionError: the first two are not each other's inverse, the third is no
+            permutation, or a resident's row is not its slot.
     """
-    residents, slots, rows = (t.tolist() for t in (slot_to_expert, expert_to_slot, expert_to_row))
+    residents, slots, rows = (
+        t.tolist() for t in (slot_to_expert, expert_to_slot, expert_to_row)
+    )
     inverse = [-1] * len(slots)
     for slot, expert in enumerate(residents):
         inverse[expert] = slot
-    assert inverse == slots and len(set(residents)) == len(residents), (residents, slots)
+    assert inverse == slots and len(set(residents)) == len(residents), (
+        residents,
+        slots,
+    )
     assert sorted(rows) == list(range(len(rows))), rows
     num_staged = len(slots) - len(residents)
-    assert all(rows[expert] == num_staged + slot for slot, expert in enumerate(residents)), rows
+    assert all(
+        rows[expert] == num_staged + slot for slot, expert in enumerate(residents)
+    ), rows
     return residents
 
 
 def needed_experts(topk_ids: np.ndarray, num_experts: int) -> np.ndarray:
-    """The experts that `topk_ids` (integers of any shape, -1 = none) names, [E] bool."""
+    """The experts that `topk_ids` (integers of any shape, -1 = none) names, [E]
+    bool."""
     needed: np.ndarray = np.zeros(num_experts + 1, np.bool_)
     needed[topk_ids.ravel()] = True
     return needed[:-1]
 
 
-def plan_step(tables: ResidencyTables, history: ExpertHistory, topk_ids: np.ndarray) -> StepPlan:
+def plan_step(
+    tables: ResidencyTables, history: ExpertHistory, topk_ids: np.ndarray
+) -> StepPlan:
     """Decides one step and brings `tables` and `history` to its end.
 
-    Which misses get a slot goes by their value before the step, highest first: by id, a step that
-    needs more experts than there are slots would wash out the policy. Of equals the lower id is
-    first, among misses and among victims. Misses that get a slot take victims in order of their id.
+    Which misses get a slot goes by their value before the step, highest first: by id, a
+    step that needs more experts than there are slots would wash out the policy. Of
+    equals the lower id is first, among misses and among victims. Misses that get a slot
+    take victims in order of their id.
 
     Args:
         tables: the layer's tables.

@@ -1,2 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of a layer's experts: rows on the device, and host pages that kernels can reach."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The memory of a layer's experts: rows on the device, and host pages that kernels can
+reach."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """CUDA's driver, called so that a failure is an exception that names it.
 
-The driver's functions leave no pending error behind, as those of the runtime do, which torch would
-report at its next call.
+The driver's functions leave no pending error behind, as those of the runtime do, which
+torch would report at its next call.
 """
 
 from typing import Any
@@ -24,20 +25,25 @@ class DriverError(MoEPrefetchError):
 
 
 class Driver:
-    """The driver behind `module`, which is `cuda.bindings.driver` or a stand-in for it."""
+    """The driver behind `module`, which is `cuda.bindings.driver` or a stand-in for
+    it."""
 
     def __init__(self, module: Any):
         self.module = module
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """What the driver's function `name` returns: nothing, a value, or a tuple of them.
+        """What the driver's function `name` returns: nothing, a value, or a tuple of
+        them.
 
         Raises:
             DriverError: it failed.
         """
         try:
             error, *values = getattr(self.module, name)(*arguments)
-        except (AttributeError, RuntimeError) as missing:  # no driver, or one without this function
+        except (
+            AttributeError,
+            RuntimeError,
+        ) as missing:  # no driver, or one without this function
             raise DriverError(name, str(missing)) from None
         if error != self.module.CUresult.CUDA_SUCCESS:
             _, text = self.module.cuGetErrorName(error)
@@ -55,7 +61,8 @@ def cuda_driver() -> Driver:
         from cuda.bindings import driver
     except ImportError as error:
         raise MoEPrefetchError(
-            "--moe-gpu-prefetch needs the package cuda-bindings on a GPU, and it cannot be "
-            f"imported ({error}). Install it: pip install 'cuda-bindings>=12.9,<14'."
+            "--moe-gpu-prefetch needs the package cuda-bindings on a GPU, and it "
+            f"cannot be imported ({error}). Install it: pip install "
+            "'cuda-bindings>=12.9,<14'."
         ) from None
     return Driver(driver)

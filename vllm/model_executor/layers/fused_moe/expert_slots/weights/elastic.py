@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Tensors of E rows whose first rows are one memory that all tensors of a role share.
 
     layer 0   | staged rows, shared      | slots, its own |
     layer 1   | the same memory          | slots, its own |
     mapped    | handle | handle | ... | h | private handle |
 
-Only whole pages can be shared: the page in which the staged rows end is private. That is right
-because nothing that one tensor writes to a staged row is ever read through another.
+Only whole pages can be shared: the page in which the staged rows end is private. That
+is right because nothing that one tensor writes to a staged row is ever read through
+another.
 """
 
 import errno
@@ -21,7 +23,10 @@ from typing import Any
 import torch
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.driver import Driver, DriverError
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.driver import (
+    Driver,
+    DriverError,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
     MAP_FIXED,
     HostPages,
@@ -32,8 +37,8 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import
 )
 
 _HANDLES = 16
-"""The most handles that one need adds to a role's staging: enough that another need finds most of
-its bytes in whole handles, and few to map."""
+"""The most handles that one need adds to a role's staging: enough that another need
+finds most of its bytes in whole handles, and few to map."""
 
 _WITHOUT = "serve without --moe-gpu-prefetch"
 
@@ -46,8 +51,9 @@ def split(count: int, staged: int, row_bytes: int, page: int) -> tuple[int, int]
 
 
 def fit(sizes: Sequence[int], shared: int, page: int) -> tuple[list[int], list[int]]:
-    """The handles that make up `shared` bytes of a role's staging: which of those that there are,
-    each whole, and the sizes of those still to be made. Equal needs use equal handles."""
+    """The handles that make up `shared` bytes of a role's staging: which of those that
+    there are, each whole, and the sizes of those still to be made. Equal needs use
+    equal handles."""
     taken = []
     for index, size in enumerate(sizes):
         if size <= shared:
@@ -59,8 +65,11 @@ def fit(sizes: Sequence[int], shared: int, page: int) -> tuple[list[int], list[i
     return taken, [size] * whole + [rest] * (rest > 0)
 
 
-def committed_bytes(tensors: Iterable[tuple[Hashable, int, int, int]], page: int) -> int:
-    """Bytes that tensors of (role, rows, staged rows, bytes of a row), made in this order, take."""
+def committed_bytes(
+    tensors: Iterable[tuple[Hashable, int, int, int]], page: int
+) -> int:
+    """Bytes that tensors of (role, rows, staged rows, bytes of a row), made in this
+    order, take."""
     staging: dict[Hashable, list[int]] = {}
     total = 0
     for role, count, staged, row_bytes in tensors:
@@ -75,8 +84,8 @@ def committed_bytes(tensors: Iterable[tuple[Hashable, int, int, int]], page: int
 
 
 _garbage: list[tuple[Callable[[], bool], Callable[[], object]]] = []
-"""Who says whether to wait, and what frees. Not a memory's own: a dead engine's may have to wait
-for a capture of the next."""
+"""Who says whether to wait, and what frees. Not a memory's own: a dead engine's may
+have to wait for a capture of the next."""
 
 
 def _discard(must_wait: Callable[[], bool], free: Callable[[], object]) -> None:
@@ -90,7 +99,9 @@ def _sweep() -> None:
         while _garbage:
             try:
                 must_wait, free = _garbage.pop()
-            except IndexError:  # a finaliser ran this in the midst of it, and popped the last
+            except (
+                IndexError
+            ):  # a finaliser ran this in the midst of it, and popped the last
                 break
             if must_wait():
                 later.append((must_wait, free))
@@ -101,7 +112,8 @@ def _sweep() -> None:
 
 
 class Rows:
-    """One tensor's memory. It lives as long as something refers to this object; a tensor does."""
+    """One tensor's memory. It lives as long as something refers to this object; a
+    tensor does."""
 
     def __init__(self, address: int, size: int):
         self.address, self.size = address, size
@@ -137,14 +149,16 @@ class Memory:
 
     @property
     def committed(self) -> int:
-        """Bytes of physical memory that were mapped; those of plain tensors are not among them."""
+        """Bytes of physical memory that were mapped; those of plain tensors are not
+        among them."""
         return self.staging + sum(self._private.copy().values())
 
     def tensor(
         self, role: Hashable, shape: Sequence[int], dtype: torch.dtype, staged: int
     ) -> torch.Tensor:
-        """A tensor whose first `staged` rows are shared with every tensor of this role as far as
-        whole pages go. Tensors in use together (w13 and w2) differ in role."""
+        """A tensor whose first `staged` rows are shared with every tensor of this role
+        as far as whole pages go. Tensors in use together (w13 and w2) differ in
+        role."""
         row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
         if not split(shape[0], staged, row_bytes, self.page)[0]:
             return torch.zeros(*shape, dtype=dtype, device=self.torch_device)
@@ -185,12 +199,14 @@ class Memory:
         del self._private[address]
 
     def sweep(self) -> None:
-        """Frees what nobody refers to any more, of this memory and of earlier ones. Not while a
-        graph is being captured, which it would spoil: then the next sweep does."""
+        """Frees what nobody refers to any more, of this memory and of earlier ones. Not
+        while a graph is being captured, which it would spoil: then the next sweep
+        does."""
         _sweep()
 
     def pin(self, tensor: torch.Tensor, read_only: bool = False) -> int:
-        """Keeps a host tensor where kernels can read and write it, as long as its memory lives.
+        """Keeps a host tensor where kernels can read and write it, as long as its
+        memory lives.
 
         Args:
             tensor: at the start of pages of its own. It may be pinned already.
@@ -205,14 +221,17 @@ class Memory:
         raise NotImplementedError
 
     def _map(self, shared: list[tuple[int, Any]], private: int) -> int:
-        """Maps the handles of `shared` (size, handle), then `private` bytes of new memory."""
+        """Maps the handles of `shared` (size, handle), then `private` bytes of new
+        memory."""
         raise NotImplementedError
 
     def _unmap(self, address: int, sizes: list[int]) -> None:
         raise NotImplementedError
 
 
-def _release(staging: dict[Hashable, list[tuple[int, Any]]], drop: Callable[[Any], object]) -> None:
+def _release(
+    staging: dict[Hashable, list[tuple[int, Any]]], drop: Callable[[Any], object]
+) -> None:
     while staging:
         for _, handle in staging.popitem()[1]:
             drop(handle)
@@ -230,7 +249,9 @@ class HostMemory(Memory):
     def pin(self, tensor: torch.Tensor, read_only: bool = False) -> int:
         if read_only:
             pages = pages_of(tensor)
-            assert pages is not None, "only a tensor on pages of its own can be protected"
+            assert pages is not None, (
+                "only a tensor on pages of its own can be protected"
+            )
             pages.protect()
         return tensor.data_ptr()
 
@@ -261,7 +282,8 @@ class HostMemory(Memory):
 
 
 _MFD_NOEXEC_SEAL = 8
-"""Required where the administrator set vm.memfd_noexec=2; unknown to kernels before 6.3."""
+"""Required where the administrator set vm.memfd_noexec=2; unknown to kernels before
+6.3."""
 
 
 def _memory_file() -> int:
@@ -280,7 +302,8 @@ class DeviceMemory(Memory):
         driver: CUDA's.
         device: the ordinal; its context must be current on this thread.
         capturing: whether this thread is capturing a graph.
-        reclaim: gives memory back that is cached by others; the driver cannot use it otherwise.
+        reclaim: gives memory back that is cached by others; the driver cannot use it
+            otherwise.
 
     Raises:
         MoEPrefetchError: the device cannot map memory.
@@ -296,7 +319,8 @@ class DeviceMemory(Memory):
         owner = threading.current_thread()
 
         def must_wait() -> bool:
-            # A capture is spoilt from any thread, and only the one that captures knows of it.
+            # A capture is spoilt from any thread, and only the one that captures knows
+            # of it.
             elsewhere = threading.current_thread() is not owner and owner.is_alive()
             return elsewhere or capturing()
 
@@ -311,14 +335,20 @@ class DeviceMemory(Memory):
                 f"torch.cuda.set_device({device}) first."
             )
         cuda = driver.module
-        supported = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
-        if not driver.call("cuDeviceGetAttribute", supported, driver.call("cuDeviceGet", device)):
+        attributes = cuda.CUdevice_attribute
+        supported = attributes.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+        if not driver.call(
+            "cuDeviceGetAttribute", supported, driver.call("cuDeviceGet", device)
+        ):
             raise MoEPrefetchError(
-                f"GPU {device} has no virtual memory management (CUDA's attribute is 0), which "
-                f"expert slots need. Use another GPU, or {_WITHOUT}."
+                f"GPU {device} has no virtual memory management (CUDA's attribute is "
+                f"0), which expert slots need. Use another GPU, or {_WITHOUT}."
             )
         # No export, no compression, no RDMA (which breaks WSL2): the fields' zeroes.
-        self._properties, self._access = cuda.CUmemAllocationProp(), cuda.CUmemAccessDesc()
+        self._properties, self._access = (
+            cuda.CUmemAllocationProp(),
+            cuda.CUmemAccessDesc(),
+        )
         self._properties.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         for location in (self._properties.location, self._access.location):
@@ -326,22 +356,24 @@ class DeviceMemory(Memory):
             location.id = device
         minimum = cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         try:
-            granularity = driver.call("cuMemGetAllocationGranularity", self._properties, minimum)
+            granularity = driver.call(
+                "cuMemGetAllocationGranularity", self._properties, minimum
+            )
         except DriverError as error:
             if error.error != "CUDA_ERROR_NOT_SUPPORTED":
                 raise
             raise MoEPrefetchError(
-                f"GPU {device} cannot map memory ({error.call}: {error.error}), as is the case on "
-                "a fractional vGPU such as A40-48C, and expert slots need it. Use a whole GPU, or "
-                f"{_WITHOUT}."
+                f"GPU {device} cannot map memory ({error.call}: {error.error}), as is "
+                "the case on a fractional vGPU such as A40-48C, and expert slots "
+                f"need it. Use a whole GPU, or {_WITHOUT}."
             ) from None
         self.page = int(granularity)
 
     def tensor(
         self, role: Hashable, shape: Sequence[int], dtype: torch.dtype, staged: int
     ) -> torch.Tensor:
-        # The driver's memory holds anything, and padding may be computed on rows that nothing was
-        # loaded into: zeroes give finite values, which stay in the row.
+        # The driver's memory holds anything, and padding may be computed on rows that
+        # nothing was loaded into: zeroes give finite values, which stay in the row.
         return super().tensor(role, shape, dtype, staged).zero_()
 
     def pin(self, tensor: torch.Tensor, read_only: bool = False) -> int:
@@ -350,7 +382,8 @@ class DeviceMemory(Memory):
         if pages.address not in self._pinned:
             self.sweep()
             self._register(pages)
-        # Not before: read-only pages are refused without a flag that discrete cards refuse.
+        # Not before: read-only pages are refused without a flag that discrete cards
+        # refuse.
         if read_only:
             pages.protect()
         return self._pinned[pages.address]
@@ -387,8 +420,9 @@ class DeviceMemory(Memory):
             raise DriverError(
                 error.call,
                 error.error,
-                f"{self.torch_device} has no {size:,} bytes left for experts ({error.call}: "
-                f"{error.error}). Serve with fewer slots, or free memory of the GPU.",
+                f"{self.torch_device} has no {size:,} bytes left for experts "
+                f"({error.call}: {error.error}). Serve with fewer slots, or free "
+                "memory of the GPU.",
             ) from None
 
     def _map(self, shared: list[tuple[int, Any]], private: int) -> int:
@@ -425,8 +459,8 @@ class DeviceMemory(Memory):
         self._when_idle(unmap)
 
     def _when_idle(self, work: Callable[[], object]) -> None:
-        """Does `work` when no kernel can use the memory any more, on whatever thread this is: any
-        may be the one that collects garbage."""
+        """Does `work` when no kernel can use the memory any more, on whatever thread
+        this is: any may be the one that collects garbage."""
         self._driver.call("cuCtxPushCurrent", self._context)
         try:
             self._driver.call("cuCtxSynchronize")
@@ -439,9 +473,13 @@ _NO_ROOM = "Raise the limit of locked memory (ulimit -l), free host memory"
 _ADVICE = {
     "CUDA_ERROR_OUT_OF_MEMORY": _NO_ROOM,
     "CUDA_ERROR_OPERATING_SYSTEM": _NO_ROOM,
-    "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED": "Another library of this process has registered "
-    "this memory, or expert slots have a bug: report it",
-    "CUDA_ERROR_NOT_SUPPORTED": "This platform cannot map host memory for its GPU: use another",
+    "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED": (
+        "Another library of this process has registered this memory, or expert slots "
+        "have a bug: report it"
+    ),
+    "CUDA_ERROR_NOT_SUPPORTED": (
+        "This platform cannot map host memory for its GPU: use another"
+    ),
 }
 
 
@@ -450,6 +488,6 @@ def _not_pinned(size: int, error: DriverError) -> DriverError:
     return DriverError(
         error.call,
         error.error,
-        f"the driver could not pin {size:,} bytes of host memory ({error.call}: {error.error}). "
-        f"{advice}, or {_WITHOUT}.",
+        f"the driver could not pin {size:,} bytes of host memory ({error.call}: "
+        f"{error.error}). {advice}, or {_WITHOUT}.",
     )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Host memory in pages of its own.
 
-Memory is pinned and protected by pages: whatever shares a page with it would be pinned and
-protected too.
+Memory is pinned and protected by pages: whatever shares a page with it would be pinned
+and protected too.
 """
 
 import ctypes
@@ -37,7 +38,11 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def map_memory(
-    size: int, flags: int, descriptor: int = -1, offset: int = 0, address: int | None = None
+    size: int,
+    flags: int,
+    descriptor: int = -1,
+    offset: int = 0,
+    address: int | None = None,
 ) -> int:
     """Maps memory that can be read and written, and returns its address.
 
@@ -57,13 +62,14 @@ def unmap_memory(address: int, size: int) -> None:
 
 _LOCKED = "Raise the limit of locked memory (ulimit -l)"
 _ADVICE = {
-    errno.ENOMEM: "Free host memory, or raise the limit of address space (ulimit -v) or of "
-    "mappings (sysctl vm.max_map_count)",
+    errno.ENOMEM: "Free host memory, or raise the limit of address space "
+    "(ulimit -v) or of mappings (sysctl vm.max_map_count)",
     errno.EAGAIN: _LOCKED,
     errno.EPERM: _LOCKED,
     errno.ENOSPC: "Free room in the file system that holds the memory (df -h /dev/shm)",
     errno.EACCES: "Give this user the right to read and write the file",
-    errno.ENODEV: "Name a directory in shared memory (/dev/shm): this file system maps no memory",
+    errno.ENODEV: "Name a directory in shared memory (/dev/shm): this file system maps "
+    "no memory",
 }
 
 
@@ -77,11 +83,17 @@ def _refused(size: int, what: str) -> MoEPrefetchError:
 
 
 class _Bytes:
-    """Memory as numpy and torch take it, by bytes: they know neither bfloat16 nor float8 there."""
+    """Memory as numpy and torch take it, by bytes: they know neither bfloat16 nor
+    float8 there."""
 
     def __init__(self, owner: object, address: int, size: int, protocol: str):
         self._owner = owner
-        description = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
+        description = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
         setattr(self, protocol, description)
 
 
@@ -96,7 +108,9 @@ def tensor_over(
     else:
         holder = _Bytes(owner, owner.address, owner.size, "__array_interface__")
         flat = torch.from_numpy(np.asarray(holder))
-    assert flat.data_ptr() == owner.address, "torch copied the memory instead of using it"
+    assert flat.data_ptr() == owner.address, (
+        "torch copied the memory instead of using it"
+    )
     return flat.view(dtype).view(*shape)
 
 
@@ -113,8 +127,8 @@ class HostPages:
 
     @classmethod
     def of_file(cls, descriptor: int, size: int, offset: int) -> "HostPages":
-        """Part of a file that is open for reading and writing; `offset` is a multiple of a page.
-        What is written is in the file."""
+        """Part of a file that is open for reading and writing; `offset` is a multiple
+        of a page. What is written is in the file."""
         pages = cls.__new__(cls)
         pages._take(map_memory(size, mmap.MAP_SHARED, descriptor, offset), size)
         return pages
@@ -125,7 +139,8 @@ class HostPages:
         _pages[address] = self
 
     def free_by(self, free: Callable[..., object], *arguments: Any) -> None:
-        """Lets `free` free this memory when nobody refers to it any more; it must unmap it."""
+        """Lets `free` free this memory when nobody refers to it any more; it must unmap
+        it."""
         if self._free is not None:
             self._free.detach()
         self._free = weakref.finalize(self, free, *arguments)

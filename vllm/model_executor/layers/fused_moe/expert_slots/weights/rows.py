@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The tensors that a layer's kernel computes from: staging rows first, then slots."""
 
 from collections.abc import Sequence
@@ -12,10 +13,11 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import Expe
 
 
 class ExpertRows:
-    """A layer's parameters as E rows, of which the last N are slots (`decisions/step.py`).
+    """A layer's parameters as E rows, of which the last N are slots
+    (`decisions/step.py`).
 
-    The parameters keep their identity and only change their data, so that whatever refers to them
-    (quantisation config, kernels) follows.
+    The parameters keep their identity and only change their data, so that whatever
+    refers to them (quantisation config, kernels) follows.
 
     Attributes:
         tensors: parameter name -> [E, ...].
@@ -40,7 +42,9 @@ class ExpertRows:
         }
         for name, parameter in parameters.items():
             parameter.data = self.tensors[name]
-        self.slots = {name: tensor[self.num_staged :] for name, tensor in self.tensors.items()}
+        self.slots = {
+            name: tensor[self.num_staged :] for name, tensor in self.tensors.items()
+        }
 
     @property
     def slot_bytes(self) -> int:
@@ -52,7 +56,9 @@ class ExpertRows:
 
     @cached_property
     def _homes(self) -> list[tuple[torch.Tensor, ...]]:
-        return list(zip(*(t.unbind() for t in self.store.tensors.values()), strict=True))
+        return list(
+            zip(*(t.unbind() for t in self.store.tensors.values()), strict=True)
+        )
 
     def load(self, experts: Sequence[int], rows: Sequence[int]) -> None:
         """Copies each of `experts` from the store into its row."""
@@ -60,10 +66,14 @@ class ExpertRows:
             torch._foreach_copy_(self._rows[row], self._homes[expert])
 
     def fill_slots(self, residents: Sequence[int]) -> None:
-        """Loads the expert of each slot, [N]. Ids that follow each other are copied together:
-        experts 0 ... N-1 are one copy a tensor."""
-        for _, run in groupby(enumerate(residents), key=lambda entry: entry[1] - entry[0]):
+        """Loads the expert of each slot, [N]. Ids that follow each other are copied
+        together: experts 0 ... N-1 are one copy a tensor."""
+        for _, run in groupby(
+            enumerate(residents), key=lambda entry: entry[1] - entry[0]
+        ):
             together = list(run)
             (slot, expert), count = together[0], len(together)
             for name, slots in self.slots.items():
-                slots[slot : slot + count].copy_(self.store.tensors[name][expert : expert + count])
+                slots[slot : slot + count].copy_(
+                    self.store.tensors[name][expert : expert + count]
+                )

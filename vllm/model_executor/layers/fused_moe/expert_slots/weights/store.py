@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The home of every per-expert tensor of a layer, in host memory: never evicted, never written
-after loading."""
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The home of every per-expert tensor of a layer, in host memory: never evicted, never
+written after loading."""
 
 from dataclasses import fields
 
@@ -14,9 +15,9 @@ _NOT_IN_SLOTS = {
     "w13_input_scale",
     "w2_input_scale",
 }
-"""Parameters of a layer that may have a row per expert and are none of an expert's: the router's,
-which sees all experts, and activation scales that are one value broadcast over them. vLLM's EPLB
-leaves out the same (`RoutedExperts.get_expert_weights`)."""
+"""Parameters of a layer that may have a row per expert and are none of an expert's: the
+router's, which sees all experts, and activation scales that are one value broadcast
+over them. vLLM's EPLB leaves out the same (`RoutedExperts.get_expert_weights`)."""
 
 
 class ExpertStore:
@@ -30,7 +31,9 @@ class ExpertStore:
     def __init__(self, tensors: dict[str, torch.Tensor]):
         self.tensors = tensors
         self.num_experts = next(iter(tensors.values())).shape[0]
-        self.bytes_per_expert = sum(t[0].numel() * t.element_size() for t in tensors.values())
+        self.bytes_per_expert = sum(
+            t[0].numel() * t.element_size() for t in tensors.values()
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -43,8 +46,8 @@ def per_expert_parameters(
     """The layer's parameters that hold one row per expert, `only` those named if given.
 
     Raises:
-        MoEPrefetchError: the quantisation config holds per-expert tensors that are not parameters
-            of the layer: slots could not follow them.
+        MoEPrefetchError: the quantisation config holds per-expert tensors that are not
+            parameters of the layer: slots could not follow them.
     """
     parameters = {
         name: parameter
@@ -64,11 +67,15 @@ def per_expert_parameters(
             if not isinstance(value, torch.Tensor) or id(value) in identities:
                 continue
             if value.dim() > 0 and value.shape[0] == num_experts:
-                copy = "a view" if value.untyped_storage().data_ptr() in storages else "a copy"
+                copy = (
+                    "a view"
+                    if value.untyped_storage().data_ptr() in storages
+                    else "a copy"
+                )
                 raise MoEPrefetchError(
-                    f"{layer.layer_name} ({type(layer).__name__}): the quantisation config of "
-                    f"{type(layer.quant_method).__name__} keeps {copy} of per-expert data in "
-                    f"{side}.{field.name}, which expert slots cannot follow. "
-                    "Serve this model without --moe-gpu-prefetch."
+                    f"{layer.layer_name} ({type(layer).__name__}): the quantisation "
+                    f"config of {type(layer.quant_method).__name__} keeps {copy} of "
+                    f"per-expert data in {side}.{field.name}, which expert slots "
+                    "cannot follow. Serve this model without --moe-gpu-prefetch."
                 )
     return parameters

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What of `benchmarks/gpu/proof.py` can run without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import routing
+from benchmarks.gpu import proof
+from tests.support import ROOT
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    script = [sys.executable, "-m", "benchmarks.gpu.proof", *arguments]
+    return subprocess.run(script, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_help_and_the_refusal_without_a_gpu():
+    help_text = command("--help")
+    assert help_text.returncode == 0
+    assert all(step in help_text.stdout for step in proof.STEPS)
+    refused = command("all")
+    assert refused.returncode == 2 and "no GPU here" in refused.stderr
+
+
+@pytest.mark.parametrize("step", proof.NEEDS_GPU)
+def test_a_step_that_needs_a_gpu_is_refused_by_name(step, monkeypatch, capsys):
+    for arguments, text in (([], "no GPU here"), (["--cpu"], f"{step} needs a GPU")):
+        monkeypatch.setattr(sys, "argv", ["proof.py", step, *arguments])
+        with pytest.raises(SystemExit, match="2"):
+            proof.main()
+        assert text in capsys.readouterr().err
+
+
+STAND_IN = """
+import json, os, sys
+from types import SimpleNamespace
+from triton.backends import backends
+
+# vLLM drops triton where no driver is active; the interpreter needs none.
+active = type("InterpreterDriver", (), {"is_active": staticmethod(lambda: True)})
+backends["cpu"] = SimpleNamespace(driver=active)
+
+from benchmarks.gpu import memory as memory_checks
+from tests.support.fake_driver import FakeDriver, device_memory
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.driver import Driver
+
+
+class StandIn(memory_checks.Machine):
+    def memory(self):
+        return device_memory(self.driver.module)
+
+    def synchronise(self):
+        pass
+
+    def twice(self, work):
+        work()
+        work()
+
+
+class Broken(FakeDriver):
+    def cuMemHostUnregister(self, address):
+        return (self.error.CUDA_SUCCESS,)  # it is not
+
+
+for driver in (FakeDriver(), FakeDriver(supported=False), Broken()):
+    print(json.dumps(memory_checks.run(StandIn(Driver(driver)))))
+    assert not driver.used
+"""
+
+
+def test_the_memory_step_on_a_stand_in():
+    """The checks pass on a driver that keeps the rules, with the kernels in the
+    interpreter. One that fails says why, and the others run all the same."""
+    done = subprocess.run(
+        [sys.executable, "-c", STAND_IN],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    good, unsupported, broken = map(json.loads, done.stdout.splitlines()[-3:])
+    assert [row["result"] for row in good] == ["ok"] * len(good) and len(good) == 11
+    assert "no virtual memory management" in unsupported[1]["result"]
+    assert len(unsupported) == len(good) and unsupported[0]["result"] == "ok"
+    results = {row["check"].split(",")[0]: row["result"] for row in broken}
+    assert any("registered" in result for result in results.values()), results
+    assert broken[2]["result"] == "ok"
+
+
+def test_a_failed_check_ends_all_and_sets_the_status(tmp_path, monkeypatch, capsys):
+    run = []
+
+    def step(name, result):
+        return lambda cpu: [run.append(name), {"check": name, "result": result}][1:]
+
+    steps = {
+        "memory": step("memory", "AssertionError: it is not"),
+        "micro": step("micro", "ok"),
+    }
+    monkeypatch.setattr(proof, "STEPS", steps)
+    monkeypatch.setattr(proof, "WORK", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(proof, "results_folder", lambda: tmp_path)
+    monkeypatch.setattr(proof, "machine", dict)
+    monkeypatch.setattr(sys, "argv", ["proof.py", "all"])
+    assert proof.main() == 1 and run == ["memory"]
+    printed = capsys.readouterr().out
+    assert "it is not" in printed and "FAILED: memory" in printed
+    steps["memory"] = step("memory", "ok")
+    assert proof.main() == 0 and run == ["memory", "memory", "micro"]
+    assert "passed" in capsys.readouterr().out
+
+
+def test_an_arm_measures_and_its_rows_compare_with_stock(tmp_path, monkeypatch):
+    """An arm with slots under skewed routing: counters, step times, and the table that
+    is kept."""
+    request = {
+        **{
+            "model": proof.TINY,
+            "routing": "skewed",
+            "batches": [2],
+            "tokens": 4,
+            "prefills": [24],
+        },
+        **{"max_model_len": 128, "max_num_seqs": 4, "serving": (2, 8, 4)},
+        "options": {"enforce_eager": True, **proof.slots_option(8)},
+    }
+    measured = proof.run_arm(request)
+    assert "failed" not in measured, measured
+    decode = measured["decode"]["2"]
+    assert decode["needed"] >= decode["hits"] > 0 and decode["loads"] > 0
+    assert decode["bytes_loaded"] == pytest.approx(decode["loads"] * 3 * 64 * 128 * 2)
+    assert (
+        decode["steps"] == 2
+        and decode["staged"] == 0
+        and measured["prefill"]["24"]["staged"] > 0
+    )
+    assert measured["tokens_per_s"] > 0
+    rate = 1e6
+    rows = proof.speed_rows("N = 8", "skewed", measured, measured, rate)
+    assert [row["what"] for row in rows] == ["decode, batch 2", "prefill 24"]
+    assert rows[0]["of stock"] == 1 and rows[0]["bound ms"] > rows[0]["ms"]
+    failed = proof.speed_rows(
+        "N = 96", "skewed", {"failed": "out of memory"}, measured, 1
+    )
+    assert failed[0]["what"] == "failed: out of memory"
+    monkeypatch.setattr(proof, "WORK", tmp_path)
+    table = proof.save("speed", rows + failed)
+    assert "| N = 8 | skewed | decode, batch 2 |" in table
+    assert (tmp_path / "results" / "speed.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("uniform", 0.38, 0.42), ("skewed", 0.9, 0.95)]
+)
+def test_routing_is_calibrated(name, low, high):
+    """51 of 128 slots under LRU hit 40 % of uniform routing, and what is published for
+    a real model of skewed routing."""
+    assert (
+        low < routing.hit_rate(routing.STRATEGIES[name], 51, 1, "lru", steps=500) < high
+    )

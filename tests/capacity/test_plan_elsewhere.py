@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""`plan` answers for a GPU that is on another machine, as vLLM there would, and never
+says yes to what the engine there refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from transformers import Dots1Config
+
+from tests.support.command_line import moe_prefetch
+from tools.sizing_table import MODELS, OPTIONS, cell, write
+from vllm.model_executor.layers.fused_moe.expert_slots.sizes import GIB, size_in_bytes
+from vllm.plugins.moe_gpu_prefetch.command.gpu_elsewhere import GPUS, gpu_called
+
+SIZING = Path(__file__).resolve().parents[2] / "docs" / "sizing.md"
+
+QUANTISED = {
+    "fp8": {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    },
+    "auto_awq": {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 128,
+        "zero_point": True,
+    },
+    "auto_gptq": {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 128,
+        "desc_act": False,
+        "sym": True,
+    },
+    "gpt_oss_mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+}
+
+ASK = """
+import json, os, sys
+from pathlib import Path
+sys.argv = ["vllm-moe-prefetch", "plan", "--gpu", "4090"]
+from vllm.plugins.moe_gpu_prefetch.command import gpu_elsewhere
+gpu_elsewhere.pretend(gpu_elsewhere.gpu_called("4090"))
+from vllm.plugins.moe_gpu_prefetch.command import plan as command
+place = Path(sys.stdin.readline().strip())
+for number, arguments in enumerate(json.loads(sys.stdin.read())):
+    if os.fork() == 0:
+        for descriptor, name in ((1, "out"), (2, "err")):
+            file = os.open(place / f"{number}.{name}", os.O_CREAT | os.O_WRONLY)
+            os.dup2(file, descriptor)
+        sys.argv = ["vllm-moe-prefetch", "plan", "--gpu", "4090", *arguments]
+        command.main()
+    status = os.waitstatus_to_exitcode(os.wait()[1])
+    (place / f"{number}.status").write_text(str(status))
+"""
+"""Asks many questions of one process: importing vLLM for each takes seconds."""
+
+
+class Answer(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def configured(directory, name, model="Qwen3-30B-A3B", **changes):
+    """One of the published configurations, with other values; None takes one away."""
+    path = write(model, directory / name) / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(config))
+    return str(path.parent)
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What `plan --gpu 4090 ARGUMENTS` says, by name."""
+    place = tmp_path_factory.mktemp("elsewhere")
+    small = {"num_hidden_layers": 4}
+    qwen = configured(place, "qwen")
+    few = configured(place, "few", **small)
+    dots = Dots1Config(
+        architectures=["Dots1ForCausalLM"], n_routed_experts=128, num_experts_per_tok=6,
+        n_shared_experts=2,
+       
+        hidden_size=4096, moe_intermediate_size=1408, num_attention_heads=32,
+        dtype="bfloat16",
+        num_hidden_layers=62, first_k_dense_replace=1, n_group=1, topk_group=1,
+        max_position_embeddings=32768,
+    )  # fmt: skip
+    dots.save_pretrained(place / "dots")
+    listed = place / "listed"
+    listed.mkdir()
+    (listed / "config.json").write_text("[1, 2]")
+    file = place / "serve.yaml"
+    file.write_text(
+        f"model: {few}\nmax-model-len: 2048\nport: 8123\nmoe-gpu-prefetch: 12\n"
+    )
+    own = place / "own.yaml"
+    own.write_text(f"model: {few}\ngpu: H100\n")
+    kv = ["--kv-cache-memory-bytes", "2147483648", "--max-model-len", "4096", "--json"]
+    questions = {
+        "whole": [qwen, "--json", *OPTIONS, "--slots", "16", "--link", "25GB/s"],
+        "table": [qwen, *OPTIONS, "--slots", "8GiB,auto"],
+        "eager": [few, "--json", "--slots", "16", "--enforce-eager"],
+        "graphs": [few, "--json", "--slots", "16", "--max_num_seqs", "256"],
+        "file": ["--config", str(file), "--json"],
+        "dots": [str(place / "dots"), "--json", "--slots", "8"],
+        "nothing": [configured(place, "mixtral", "Mixtral-8x7B"), "--slots", "auto"],
+        "cache given": [few, "--slots", "16", *kv],
+        "two ranks": [few, "--slots", "16", "--tensor_parallel_size", "2", *kv],
+        "resident": [
+            configured(
+                place, "resident", quantization_config=QUANTISED["fp8"], **small
+            ),
+            *("--json", "--slots", "16,auto"),
+        ],
+        "all of it": [few, "--gpu-memory-utilization", "1.0"],
+        "slow link": [few, "--slots", "16,200", "--link", "1GB/s"],
+        "gone": [str(place / "gone")],
+        "no file": ["--config", str(place / "gone.yaml")],
+        "gpu in a file": ["--config", str(own)],
+        "no model": [],
+        "listed": [str(listed)],
+        "null": [configured(place, "null", num_experts=None)],
+        "contradiction": [configured(place, "strict", layer_types=["full_attention"])],
+        "top-k 0": [configured(place, "none", num_experts_per_tok=0, **small)],
+        "top-k 200": [configured(place, "many", num_experts_per_tok=200, **small)],
+        "LoRA": [few, "--enable-lora"],
+        "replicas": [few, "--data_parallel_size", "2"],
+    }
+    for name, quantisation in QUANTISED.items():
+        model = "gpt-oss-20b" if name == "gpt_oss_mxfp4" else "Qwen3-30B-A3B"
+        questions[name] = [
+            configured(place, name, model, quantization_config=quantisation)
+        ]
+    subprocess.run(
+        [sys.executable, "-c", ASK],
+        input=f"{place}\n{json.dumps(list(questions.values()))}",
+        text=True,
+        check=True,
+        timeout=600,
+        env={**os.environ, "VLLM_CONFIGURE_LOGGING": "0"},
+    )
+
+    def answer(number):
+        status, out, err = (
+            place / f"{number}.{part}" for part in ("status", "out", "err")
+        )
+        return Answer(int(status.read_text()), out.read_text(), err.read_text())
+
+    return {name: answer(number) for number, name in enumerate(questions)}
+
+
+def plan_of(answer):
+    assert answer.status == 0, answer.err
+    (plan,) = json.loads(answer.out)
+    return plan
+
+
+def test_what_it_counts(answers):
+    """By hand, for Qwen3-30B-A3B: an expert is three matrices of 2048 x 768 in
+    bfloat16."""
+    plan, expert = plan_of(answers["whole"]), 3 * 2048 * 768 * 2
+    assert (plan["slots"], plan["experts"]) == (16, 128)
+    assert (
+        plan["slot_bytes"] == 48 * 16 * expert
+        and plan["host_bytes"] == 48 * 128 * expert
+    )
+    assert 0 <= plan["staging_bytes"] - 112 * expert < 48 * 2 * 2 * (2 << 20)
+    attention = 2048 * 128 * (32 + 2 * 4) + 32 * 128 * 2048
+    router = 2048 * 128
+    other = 2 * (2 * 151936 * 2048 + 48 * (attention + router))
+    assert (
+        abs(plan["other_weight_bytes"] / other - 1) < 0.01
+    )  # norms and rotary tables beside
+    parts = ("slot_bytes", "staging_bytes", "other_weight_bytes", "overhead_bytes")
+    assert plan["gpu_bytes"] == sum(plan[part] for part in parts)
+    parts = ("activation_bytes", "graph_bytes", "library_bytes")
+    assert plan["overhead_bytes"] == sum(plan[part] for part in parts)
+    layer = 2048 * (8 * (3 * 768 + 2048) + 8 * 2048) * 2  # 2,048 tokens at a time
+    assert plan["activation_bytes"] == layer + 16 * 151936 * 20
+    assert plan["gpu_bytes"] + plan["kv_cache_bytes"] == int(int(23.64 * GIB) * 0.92)
+    assert plan["seconds_per_miss"] == expert / 25e9
+    assert plan["bytes_per_token"] == pytest.approx(48 * 8 * (1 - 16 / 128) * expert)
+
+
+def test_cuda_graphs_are_counted(answers):
+    """51 sizes up to 512 piecewise and 35 up to 256 sequences whole, four layers
+    each."""
+    assert plan_of(answers["graphs"])["graph_bytes"] == (51 + 35) * 4 * (384 << 10)
+    assert plan_of(answers["eager"])["graph_bytes"] == 0
+
+
+def test_sizes_and_auto_in_the_table(answers):
+    answer = answers["table"]
+    assert answer.status == 0, answer.err
+    assert (
+        " auto │" in answer.out
+        and "which are" in answer.out
+        and "estimates" in answer.out
+    )
+    expert = 3 * 2048 * 768 * 2
+    slots = int(answer.out.split("┩\n│")[1].split("│")[0].split()[0])
+    assert (
+        48 * slots + 128 - slots
+        <= 8 * GIB / expert
+        < 48 * (slots + 1) + 128 - slots + 10
+    )
+
+
+def test_what_vllm_serve_takes(answers):
+    """A file with the model and options of the server alone; underscores."""
+    plan = plan_of(answers["file"])
+    assert plan["slots"] == 12 and plan["experts"] == 128
+
+
+def test_the_transformers_backend_is_answered(answers):
+    """62 layers, within the minutes of this test; each layer's router used to be traced
+    anew."""
+    assert json.loads(answers["dots"].out)[0]["experts"] == 128
+
+
+def test_a_slot_for_every_expert_is_stocks_way(answers):
+    """Of a quantised model that fits as it is, with fewer slots refused."""
+    plan = plan_of(answers["resident"])
+    assert plan["slots"] == plan["experts"] == 128 and plan["asked"] == ["auto"]
+    answer = answers["gpt_oss_mxfp4"]
+    assert answer.status == 0 and answer.out.count(" yes ") == 1, answer.err
+    assert "Fewer slots: --moe-gpu-prefetch cannot serve" in answer.out
+    assert "its experts are quantised (gpt_oss_mxfp4)" in " ".join(answer.out.split())
+
+
+def test_a_slow_link_is_warned_of(answers):
+    """A row is labelled by what it was asked for by; the column has its unit."""
+    out = " ".join(answers["slow link"].out.split())
+    assert "tokens/s ┃" in out and "│ 128 200 │" in out
+    assert "Host-to-device: 1.00 GB/s given; an expert of 9.44 MB takes 9.44 ms." in out
+    assert (
+        "Host-to-device bandwidth is 1.00 GB/s; PCIe 3.0 x16 gives about 12 GB/s" in out
+    )
+
+
+def test_nothing_fits(answers):
+    answer = answers["nothing"]
+    assert answer.status == 1 and "No N fits." in answer.out
+
+
+def test_a_given_kv_cache_leaves_out_the_context(answers):
+    """And between two GPUs the buffers of their communication."""
+    answer, pair = (
+        json.loads(answers[name].out)[0] for name in ("cache given", "two ranks")
+    )
+    assert answer["kv_cache_bytes"] == pair["kv_cache_bytes"] == 2 * GIB
+    assert answer["slot_bytes"] == 2 * pair["slot_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        *(
+            (name, rf"its experts are quantised \({name}\), and slots on a GPU")
+            for name in QUANTISED
+            if name != "gpt_oss_mxfp4"  # it fits as it is
+        ),
+        ("listed", "its config.json is not a JSON object"),
+        ("null", "num_experts"),
+        ("gone", "no such directory"),
+        ("no file", "gone.yaml"),
+        ("no model", "name a model"),
+        ("all of it", r"23\.14 GiB are free \(an estimate"),
+        ("contradiction", "num_hidden_layers"),
+        (
+            "top-k 0",
+            r"chooses 0 of 128 experts for a token, and the number must lie in 1 "
+            r"\.\.\. 128",
+        ),
+        ("top-k 200", "chooses 200 of 128 experts"),
+        ("LoRA", "cannot be combined with --enable-lora"),
+        ("replicas", "cannot be combined with --data-parallel-size"),
+    ],
+)
+def test_a_refusal_is_one_line(answers, name, words):
+    """With the model's name, status 2, nothing on standard output, no traceback."""
+    import re
+
+    answer = answers[name]
+    lines = answer.err.strip().splitlines()
+    assert answer.status == 2 and answer.out == ""
+    assert re.search(f"error: .*{words}", lines[-1]), answer.err
+    assert len(lines) == 1 and len(lines[0]) < 700, answer.err
+
+
+def test_the_gpu_is_named_or_sized():
+    """The command as it is installed; a GPU that nobody knows is refused with the
+    names."""
+    result = moe_prefetch("plan", "MODEL", "--gpu", "RTX 4711")
+    assert result.returncode == 2 and result.stdout == ""
+    assert (
+        "--gpu RTX 4711 is none of T4, " in result.stderr
+        and "--gpu-memory" in result.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["4090", "rtx4090", "RTX 4090", "NVIDIA GeForce RTX 4090"]
+)
+def test_ways_to_name_a_gpu(text):
+    gpu = gpu_called(text)
+    assert gpu.name == "RTX 4090" and gpu.memory == int(GPUS["RTX 4090"][1] * GIB)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GiB", 24 << 30),
+        (" 40 GB ", 40 * 10**9),
+        ("500mib", 500 << 20),
+        ("1.5GiB", 3 << 29),
+    ],
+)
+def test_sizes(text, size):
+    assert size_in_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("24", "no unit: say 24GiB"),
+        ("0GiB", "no memory"),
+        *(
+            (text, "is not a size")
+            for text in ("", "GiB", "24XB", "24GiB foo", "24,5GiB", "1.2.3GB")
+        ),
+    ],
+)
+def test_what_is_no_size(text, words):
+    with pytest.raises(ValueError, match=words):
+        size_in_bytes(text)
+
+
+def test_a_cell_of_the_table_in_the_docs(tmp_path):
+    """The page's figures are the command's."""
+    model = "Qwen3-30B-A3B"
+    (row,) = [
+        line
+        for line in SIZING.read_text().splitlines()
+        if line.startswith(f"| {model} |")
+    ]
+    assert set(MODELS) <= {
+        line.split("|")[1].strip()
+        for line in SIZING.read_text().splitlines()
+        if "|" in line
+    }
+    assert cell(write(model, tmp_path), "RTX 4090") == row.split("|")[2].strip()
+
+
+def test_what_a_model_puts_into_host_memory_is_not_made():
+    """A pinned table of 2 TB is counted and costs nothing; small tensors are real."""
+    from vllm.model_executor.layers.fused_moe.expert_slots.capacity.footprint import (
+        _HostTables,
+    )
+
+    with torch.device("meta"), _HostTables() as tables:
+        table = torch.nn.Parameter(
+            torch.empty(
+                1 << 30, 1024, dtype=torch.bfloat16, device="cpu", pin_memory=True
+            ),
+            requires_grad=False,
+        )
+        large = torch.empty(1 << 40, dtype=torch.uint8, device="cpu")
+        small, weight = torch.zeros(4, device="cpu"), torch.empty(8, 8)
+    assert tables.num_bytes == (1 << 41) + (1 << 40)
+    assert tables.hold(table) and tables.hold(large)
+    assert not tables.hold(weight) and not tables.hold(small)
+    assert weight.is_meta and small.tolist() == [0] * 4

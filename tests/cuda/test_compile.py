@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Every kernel compiles for sm_80, sm_90 and sm_120, and spills no register."""
+
+import json
+import os
+import subprocess
+import sys
+
+from tests.support import ROOT
+
+
+def test_kernels_compile_without_spilling():
+    """In a process of its own: an interpreted triton cannot compile."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    output = subprocess.run(
+        [sys.executable, "-m", "tools.compile_kernels", "--json"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert output.returncode == 0, output.stderr[-4000:]
+    rows = json.loads(output.stdout.splitlines()[-1])
+    assert {row["architecture"] for row in rows} == {"sm_80", "sm_90", "sm_120"}
+    assert {row["kernel"].split()[0].strip(",") for row in rows} == {"plan", "gather"}
+    for row in rows:
+        assert row["spilled_bytes"] == 0, row
+        assert 0 < row["registers"] <= 255, row
+        if row["kernel"].startswith("gather"):
+            assert row["wide_loads"] >= 4, row

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""One MoE layer twice, as vLLM's modular kernel runs it: with all experts resident, and
+from slots. The kernels run in Triton's interpreter; its bfloat16 is wrong, so float32
+and float16 alone."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import (
+    FusedMoEConfig,
+    FusedMoEParallelConfig,
+    FusedMoEQuantConfig,
+    RoutingMethodType,
+    biased_moe_quant_config,
+)
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import (
+    UnquantizedMoeBackend,
+    make_unquantized_moe_kernel,
+)
+from vllm.v1.worker.workspace import (
+    init_workspace_manager,
+    is_workspace_manager_initialized,
+)
+
+from tests.support.cuda_library import activate
+from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.experts import (
+    SlottedTritonExperts,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
+    CudaSlotManager,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import (
+    HostMemory,
+    Memory,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
+    host_tensor,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import ExpertStore
+
+HIDDEN, WIDTH = 64, 32
+
+
+@dataclass
+class Layer:
+    """A layer of random weights. `expert_map` ([model's experts] int32) makes it one
+    rank's."""
+
+    slots: int
+    experts: int = 16
+    top_k: int = 3
+    activation: MoEActivation = MoEActivation.SILU
+    dtype: torch.dtype = torch.float32
+    bias: bool = False
+    weight_on_input: bool = False
+    policy: str = "lru"
+    expert_map: torch.Tensor | None = None
+    seed: int = 0
+    memory: Memory = field(default_factory=HostMemory)
+
+    def __post_init__(self) -> None:
+        if not is_workspace_manager_initialized():
+            init_workspace_manager(torch.device("cpu"))
+        self.generator = torch.Generator().manual_seed(self.seed)
+        up = 2 * WIDTH if self.activation.is_gated else WIDTH
+        self.tensors = {
+            "w13_weight": self.normal(self.experts, up, HIDDEN),
+            "w2_weight": self.normal(self.experts, HIDDEN, WIDTH),
+        }
+        if self.bias:
+            self.tensors["w13_bias"] = self.normal(self.experts, up)
+            self.tensors["w2_bias"] = self.normal(self.experts, HIDDEN)
+        homes = {
+            n: host_tensor(t.shape, t.dtype).copy_(t) for n, t in self.tensors.items()
+        }
+        self.parameters = {
+            name: torch.nn.Parameter(t.clone(), requires_grad=False)
+            for name, t in self.tensors.items()
+        }
+        self.kernels = {
+            "stock": self._kernel(TritonExperts, self.tensors),
+            "slots": self._kernel(SlottedTritonExperts, self.parameters),
+        }
+        rows = ExpertRows(self.parameters, ExpertStore(homes), self.slots, self.memory)
+        config = MoEPrefetchConfig(slots=self.slots, policy=self.policy)
+        self.manager = CudaSlotManager(config, rows, expert_map=self.expert_map)
+        self.kernels["slots"].fused_experts.slots = self.manager
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=self.generator) * 0.2).to(self.dtype)
+
+    @property
+    def model_experts(self) -> int:
+        return self.experts if self.expert_map is None else len(self.expert_map)
+
+    def _kernel(self, experts_cls: type, tensors: dict[str, Any]) -> Any:
+        config = FusedMoEConfig(
+            num_experts=self.model_experts,
+            experts_per_token=self.top_k,
+            hidden_dim=HIDDEN,
+            intermediate_size=WIDTH,
+            num_local_experts=self.experts,
+            num_logical_experts=self.model_experts,
+            activation=self.activation,
+            device="cpu",
+            routing_method=RoutingMethodType.Renormalize,
+            moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
+            in_dtype=self.dtype,
+            has_bias=self.bias,
+        )
+        uninterleaved = self.activation is MoEActivation.SWIGLUOAI_UNINTERLEAVE
+        options = {"gemm1_clamp_limit": 7.0} if uninterleaved else {}
+        if self.bias:
+            quant = biased_moe_quant_config(
+                tensors["w13_bias"], tensors["w2_bias"], **options
+            )
+        else:
+            quant = FusedMoEQuantConfig.make(**options)
+        return make_unquantized_moe_kernel(
+            quant, config, UnquantizedMoeBackend.TRITON, experts_cls
+        )
+
+    def batch(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states [tokens, hidden], router's weights and ids [tokens, top_k]."""
+        scores = torch.rand(tokens, self.model_experts, generator=self.generator)
+        weights, ids = scores.topk(self.top_k)
+        return self.normal(tokens, HIDDEN), weights, ids.to(torch.int32)
+
+    def run(self, arm: str, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor):
+        """The layer's output, [tokens, hidden]; workspaces start as rubbish."""
+        tensors = self.tensors if arm == "stock" else self.parameters
+        return self.kernels[arm].apply(
+            hidden_states=x,
+            w1=tensors["w13_weight"],
+            w2=tensors["w2_weight"],
+            topk_weights=weights,
+            topk_ids=ids,
+            activation=self.activation,
+            global_num_experts=self.model_experts,
+            expert_map=self.expert_map,
+            apply_router_weight_on_input=self.weight_on_input,
+        )
+
+    def reference(
+        self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        """The same by plain matrix products in float32, without a kernel."""
+        out = torch.zeros(len(x), HIDDEN)
+        w = {name: tensor.float() for name, tensor in self.tensors.items()}
+        for token, (its_weights, its_ids) in enumerate(
+            zip(weights, ids.tolist(), strict=True)
+        ):
+            for weight, expert in zip(its_weights, its_ids, strict=True):
+                if self.expert_map is not None and expert >= 0:
+                    expert = self.expert_map[expert].item()
+                if expert < 0:
+                    continue
+                row = x[token].float() * (weight if self.weight_on_input else 1)
+                up = w["w13_weight"][expert] @ row
+                up = up + (w["w13_bias"][expert] if self.bias else 0)
+                hidden = torch.empty(WIDTH)
+                activate(self.activation, hidden, up)
+                down = w["w2_weight"][expert] @ hidden + (
+                    w["w2_bias"][expert] if self.bias else 0
+                )
+                out[token] += down * (1 if self.weight_on_input else weight)
+        return out

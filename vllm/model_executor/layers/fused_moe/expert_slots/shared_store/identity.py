@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What makes two host stores the same: the checkpoint, the layout of a rank, and the
+versions of what turned one into the other."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
+from vllm.config import ModelConfig, VllmConfig
+from vllm.platforms import current_platform
+
+import vllm
+
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
+
+
+def checkpoint_directory(
+    vllm_config: VllmConfig, model_config: ModelConfig
+) -> Path | None:
+    """Where a model's files lie on this machine; None if they are not here (yet)."""
+    directory = Path(model_config.model)
+    if directory.is_dir():
+        return directory
+    try:
+        return Path(
+            snapshot_download(
+                model_config.model,
+                revision=model_config.revision,
+                cache_dir=vllm_config.load_config.download_dir,
+                local_files_only=True,
+            )
+        )
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
+        return None
+
+
+def store_identity(
+    vllm_config: VllmConfig, model_config: ModelConfig, directory: Path, rank: int
+) -> dict[str, Any]:
+    """Everything that the bytes of one rank's host store follow from, as JSON.
+
+    A weight file counts by name, size and time of its last change, the configuration by
+    content. Settings that do not change an expert (`max_model_len`, the number of
+    slots) do not count.
+    """
+    parallel = vllm_config.parallel_config
+    weights = []
+    configuration = blake3(_canonical(model_config.hf_config.to_dict()).encode())
+    for path in sorted(directory.iterdir()):
+        if path.suffix in _WEIGHTS:
+            status = path.stat()
+            weights.append([path.name, status.st_size, status.st_mtime_ns])
+        elif path.suffix == ".json":
+            configuration.update(path.name.encode() + path.read_bytes())
+    return {
+        "model": model_config.model,
+        "weights": weights,
+        "configuration": configuration.hexdigest(),
+        "model_impl": str(model_config.model_impl),
+        "quantization": str(model_config.quantization),
+        "dtype": str(model_config.dtype),
+        "load_format": str(vllm_config.load_config.load_format),
+        "rank": rank,
+        "tensor_parallel_size": parallel.tensor_parallel_size,
+        "pipeline_parallel_size": parallel.pipeline_parallel_size,
+        "expert_parallel": [
+            parallel.enable_expert_parallel,
+            parallel.expert_placement_strategy,
+        ],
+        "platform": f"{current_platform.device_name} "
+        + torch.backends.cpu.get_cpu_capability(),
+        "moe_backend": str(vllm_config.kernel_config.moe_backend),
+        "versions": {
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+            "vllm-moe-gpu-prefetch": version("vllm-moe-gpu-prefetch"),
+        },
+    }
+
+
+def _canonical(value: Any) -> str:
+    """JSON that does not change from process to process."""
+
+    def plain(value: Any) -> Any:
+        return (
+            sorted(map(str, value))
+            if isinstance(value, set | frozenset)
+            else str(value)
+        )
+
+    return json.dumps(value, sort_keys=True, default=plain)

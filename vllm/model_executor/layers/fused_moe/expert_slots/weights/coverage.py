@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Whether a checkpoint brought every expert whole. Where an expert tensor is missing or
+too small, stock vLLM serves whatever the memory held; where it is too large, stock may
+cut it. No model may be served from such a host store.
+
+Two checks. A tensor that is handed to the layer's weight loader must have the shape of
+its part of the unpadded parameter (`check_shape`). And each element of a parameter must
+have been copied to, whoever copied (`watching`, `check`): some models copy into the
+parameters themselves.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+
+from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import (
+    per_expert_parameters,
+)
+
+_TENSOR_BY_TENSOR = {
+    "auto",
+    "hf",
+    "safetensors",
+    "pt",
+    "npcache",
+    "mistral",
+    "runai_streamer",
+}
+"""Load formats that bring every tensor of a checkpoint."""
+
+_REQUIRED = ("_weight", "_weight_packed", "_qweight")
+"""Ends of the names of parameters that a checkpoint must fill. Others (biases, scales)
+it may lack; what it has of them it must have for all experts."""
+
+Region = tuple[int, tuple[tuple[int, int], ...]]
+"""A part of one expert's elements: the first one's offset, and (stride, size) of each
+dimension."""
+
+
+class LoadCoverage:
+    """What a checkpoint brought of one layer's experts.
+
+    Args:
+        layer: a `RoutedExperts` whose parameters, [E, ...] each, were created and are
+            empty.
+    """
+
+    def __init__(self, layer: Any, load_format: str):
+        self._layer = layer
+        self._complete_expected = str(load_format) in _TENSOR_BY_TENSOR
+        self._names = {id(p): name for name, p in layer.named_parameters(recurse=False)}
+        self._copied: dict[str, dict[int, set[Region]]] = {}
+        self.watched: dict[str, torch.Tensor] = {}
+
+    def check_shape(
+        self,
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int | None = None,
+        return_success: bool = False,
+    ) -> None:
+        """Takes the arguments of `RoutedExperts.weight_loader`, before it copies
+        anything.
+
+        Raises:
+            MoEPrefetchError: the tensor has another shape than this part of an expert.
+        """
+        needed = self._parts(self._names.get(id(param), weight_name)).get(shard_id)
+        if needed is None:
+            return
+        if loaded_weight.dim() == 3:  # of all experts, [E, ...]
+            needed = (self._layer.local_num_experts, *needed)
+            whose = "all experts"
+        else:
+            whose = f"expert {expert_id}"
+        if tuple(loaded_weight.shape) != needed:
+            name = self._names.get(id(param), weight_name)
+            raise self._misfit(
+                name, f"{shard_id} of {whose}", loaded_weight.shape, needed
+            )
+
+    def copied(self, name: str, view: torch.Tensor, source: torch.Tensor) -> None:
+        """Records that `source` is copied into `view`, a part of the watched parameter
+        `name`.
+
+        Raises:
+            MoEPrefetchError: for an unquantised parameter, the two differ in size.
+                (Torch would repeat a smaller source.)
+        """
+        parameter = self.watched[name]
+        if source.numel() != view.numel():
+            if self._parts(name):
+                part = "all experts" if view.dim() == parameter.dim() else "an expert"
+                raise self._misfit(name, part, source.shape, view.shape)
+            if (
+                source.numel() > 1
+            ):  # One value for all is a scale's way; nothing else is whole.
+                return
+        offset = (view.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+        dimensions = zip(view.stride(), view.shape, strict=True)
+        extents = sorted(
+            ((stride, size) for stride, size in dimensions if size > 1), reverse=True
+        )
+        experts = self._copied.setdefault(name, {})
+        for expert, region in _by_row(offset, tuple(extents), parameter[0].numel()):
+            experts.setdefault(expert, set()).add(region)
+
+    def watch(self) -> None:
+        """Begins: the layer's parameters have the memory that will be loaded into."""
+        if self._complete_expected:
+            parameters = per_expert_parameters(
+                self._layer, self._layer.local_num_experts
+            )
+            self.watched = {
+                name: parameter.data for name, parameter in parameters.items()
+            }
+
+    def unwatch(self) -> None:
+        """Ends: the memory is not kept alive when weights are processed into other
+        memory."""
+        self.watched, self._copied = {}, {}
+
+    def check(self) -> None:
+        """Checks the layer once its weights have been read and before they are
+        processed.
+
+        Raises:
+            MoEPrefetchError: names the layer, the parameter and the experts that are
+                not whole.
+        """
+        for name, parameter in self.watched.items():
+            regions = self._copied.get(name, {})
+            if not regions and not name.endswith(_REQUIRED):
+                continue
+            size = parameter[0].numel()
+            got = [
+                _elements(size, frozenset(regions.get(e, ())))
+                for e in range(len(parameter))
+            ]
+            needed = self._unpadded(name) or max(got) or size
+            broken = [
+                expert for expert, elements in enumerate(got) if elements < needed
+            ]
+            if broken:
+                more = f" and of {len(broken) - 1} more" if len(broken) > 1 else ""
+                raise MoEPrefetchError(
+                    f"the checkpoint is incomplete: {self._layer.layer_name}.{name} "
+                    f"got {got[broken[0]]} of {needed} elements of expert "
+                    f"{self._in_checkpoint(broken[0])}{more}. Fetch the checkpoint "
+                    "again."
+                )
+
+    def _parts(self, name: str) -> dict[str, tuple[int, ...]]:
+        """The shape in the checkpoint of each part of one expert's `name`, by the
+        weight loader's shard_id. Empty where it cannot be known: packed weights and
+        scales."""
+        if not isinstance(self._layer.quant_method, UnquantizedFusedMoEMethod):
+            return {}
+        config = self._layer.moe_config
+        hidden = config.hidden_dim_unpadded
+        width = config.intermediate_size_per_partition_unpadded
+        width *= config.moe_parallel_config.tp_size
+        parts: dict[str, dict[str, tuple[int, ...]]] = {
+            "w13_weight": {
+                "w1": (width, hidden),
+                "w3": (width, hidden),
+                "gpt_oss_w13": (hidden, 2 * width),
+            },
+            "w2_weight": {"w2": (hidden, width), "gpt_oss_w2": (width, hidden)},
+            "w13_bias": {"w1": (width,), "w3": (width,), "gpt_oss_w13": (2 * width,)},
+            "w2_bias": {"w2": (hidden,), "gpt_oss_w2": (hidden,)},
+        }
+        return parts.get(name, {})
+
+    def _unpadded(self, name: str) -> int | None:
+        """Elements of one expert's `name` on this rank without padding; None where it
+        cannot be known, and the fullest expert shows it."""
+        parts = self._parts(name)
+        if not parts:
+            return None
+        config = self._layer.moe_config
+        if name == "w2_bias":  # each rank has all of it
+            return prod(parts["w2"])
+        shards = 2 if name.startswith("w13") and config.is_act_and_mul else 1
+        part = parts["w2" if name.startswith("w2") else "w1"]
+        return shards * prod(part) // config.moe_parallel_config.tp_size
+
+    def _in_checkpoint(self, local: int) -> int:
+        """The checkpoint's number of an expert that this rank counts as `local`."""
+        to_local = self._layer._map_global_expert_id_to_local_expert_id
+        experts = range(self._layer.global_num_experts)
+        return next((e for e in experts if to_local(e) == local), local)
+
+    def _misfit(
+        self, name: str, part: str, found: Sequence[int], needed: Sequence[int]
+    ) -> MoEPrefetchError:
+        return MoEPrefetchError(
+            f"the checkpoint does not fit the model: {self._layer.layer_name}.{name} "
+            f"takes {part} as {list(needed)}, the checkpoint has {list(found)}. Fetch "
+            "the checkpoint again, or correct its config.json."
+        )
+
+
+@contextmanager
+def watching(coverages: Sequence[LoadCoverage]) -> Iterator[None]:
+    """Within, weights are read into the layers of `coverages`; at the end each is
+    checked.
+
+    Raises:
+        MoEPrefetchError: a layer's experts are not whole.
+    """
+    for coverage in coverages:
+        coverage.watch()
+    try:
+        with _Copies(coverages) if any(c.watched for c in coverages) else nullcontext():
+            yield
+        for coverage in coverages:
+            coverage.check()
+    finally:
+        for coverage in coverages:
+            coverage.unwatch()
+
+
+class _Copies(TorchDispatchMode):
+    """Tells each coverage what is copied into its parameters, by whatever loader, on
+    this thread."""
+
+    def __init__(self, coverages: Sequence[LoadCoverage]):
+        super().__init__()
+        self._memory = sorted(
+            (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, index, name)
+            for index, coverage in enumerate(coverages)
+            for name, tensor in coverage.watched.items()
+        )
+        self._starts = [start for start, *_ in self._memory]
+        self._coverages = coverages
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        writes = func in _COPIES or func in _FILLS
+        if writes and args[0].device.type == "cpu" and args[0].numel():
+            address = args[0].data_ptr()
+            place = bisect_right(self._starts, address) - 1
+            if place >= 0 and address < self._memory[place][1]:
+                _, _, index, name = self._memory[place]
+                coverage = self._coverages[index]
+                if func in _COPIES:
+                    coverage.copied(name, args[0], args[1])
+                elif args[0].numel() < coverage.watched[name].numel():
+                    coverage.copied(name, args[0], args[0])
+        return func(*args, **(kwargs or {}))
+
+
+_COPIES = {torch.ops.aten.copy_.default, torch.ops.aten.fill_.Tensor}
+"""What `view.copy_(tensor)` and `view[...] = tensor` come to."""
+
+_FILLS = {torch.ops.aten.zero_.default, torch.ops.aten.fill_.Scalar}
+"""How a model sets experts that no checkpoint has, which pad its layout (Inkling). To
+set a whole parameter so is no such thing: a missing expert would be zeros."""
+
+
+def _by_row(
+    offset: int, extents: tuple[tuple[int, int], ...], row: int
+) -> Iterator[tuple[int, Region]]:
+    """What a view of a tensor [E, ...] has of each row that it touches.
+
+    Args:
+        offset: elements before the view's first.
+        extents: (stride, size) of its dimensions, by falling stride.
+        row: elements of a row.
+    """
+    last = offset + sum(stride * (size - 1) for stride, size in extents)
+    first = offset // row
+    if last // row == first:
+        yield first, (offset - first * row, extents)
+    elif last - offset + 1 == prod(size for _, size in extents):  # without gaps
+        for index in range(first, last // row + 1):
+            begin, end = max(offset, index * row), min(last + 1, (index + 1) * row)
+            yield index, (begin - index * row, ((1, end - begin),))
+    else:
+        (stride, size), *inner = extents
+        for index in range(size):
+            yield from _by_row(offset + index * stride, tuple(inner), row)
+
+
+@cache
+def _elements(row: int, regions: frozenset[Region]) -> int:
+    """How many of `row` elements lie in one of `regions`."""
+    sizes = [prod(size for _, size in extents) for _, extents in regions]
+    if len(sizes) < 2:
+        return sum(sizes)
+    touched = torch.zeros(row, dtype=torch.bool)
+    for offset, extents in regions:
+        shape, strides = (
+            [size for _, size in extents],
+            [stride for stride, _ in extents],
+        )
+        touched.as_strided(shape, strides, offset).fill_(True)
+    return int(touched.count_nonzero())
