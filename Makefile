@@ -9,9 +9,13 @@ LOG := $(VENV)/setup.log
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-PARTS := test-engine test-matrix test-kernels test-memory test-endurance
+# `make test` runs on the installed vLLM, and the rows of test-on-next on this release too.
+NEXT_VLLM := 0.33.0
+PARTS := test-engine test-rows test-kernels test-memory test-endurance test-on-next
+# Two parts at a time; the others go on after one has failed.
+AT_A_TIME := --no-print-directory --keep-going --jobs=2 --output-sync=target
 
-.PHONY: setup install demo test test-all $(PARTS) bench lint
+.PHONY: setup install demo test test-all $(PARTS) lint format-check types-check bench compat docs
 setup: $(READY)
 
 $(READY): setup.py pyproject.toml tools/cpu_platform/pyproject.toml tools/cpu_platform/requirements.py
@@ -39,32 +43,58 @@ install:
 demo: $(READY)
 	@$(BIN)/python -m examples.demo
 
-# Two parts at a time. The kernels run in Triton's interpreter, in a process of their own.
 test: $(READY)
-	@$(MAKE) --no-print-directory -j2 --output-sync=target $(PARTS)
+	@$(MAKE) $(AT_A_TIME) $(PARTS)
 
-# Every row of docs/compatibility.md, and the matrix at every number of slots, eager and compiled.
+# Every row of docs/compatibility.md, and the matrix at every number of slots, eager and
+# compiled: on the installed vLLM and on the next.
 test-all: $(READY)
-	@$(MAKE) --no-print-directory test EXHAUSTIVE="-m ''"
+	@status=0; for version in "" $(NEXT_VLLM); do \
+		TEST_VLLM=$$version $(MAKE) $(AT_A_TIME) $(filter-out test-on-next,$(PARTS)) EXHAUSTIVE="-m ''" || status=1; \
+	done; exit $$status
+
+PYTEST = $(BIN)/python -m pytest $(EXHAUSTIVE)
 
 test-engine: $(READY)
-	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/engine tests/plugin tests/decisions tests/refusals tests/benchmarks
+	$(PYTEST) tests/test_vllm_version.py tests/engine tests/plugin tests/decisions tests/refusals \
+		tests/benchmarks tests/docs tests/examples tests/tools
 
-test-matrix: $(READY)
-	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/sources tests/compatibility tests/matrix
+test-rows: $(READY)
+	$(PYTEST) tests/compatibility tests/matrix
 
+# The kernels run in Triton's interpreter, in a process of their own.
 test-kernels: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(EXHAUSTIVE) tests/cuda
-	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/ptx
+	TRITON_INTERPRET=1 $(PYTEST) tests/cuda; cuda=$$?; $(PYTEST) tests/ptx && exit $$cuda
 
 test-memory: $(READY)
-	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/weights tests/shared_store tests/capacity
+	$(PYTEST) tests/weights tests/shared_store tests/capacity
 
 test-endurance: $(READY)
-	$(BIN)/python -m pytest $(EXHAUSTIVE) tests/endurance
+	$(PYTEST) tests/endurance
+
+test-on-next: export TEST_VLLM = $(NEXT_VLLM)
+test-on-next: $(READY)
+	$(PYTEST) tests/test_vllm_version.py tests/plugin/test_seams.py tests/plugin/test_versions.py \
+		tests/engine/test_engine.py tests/engine/test_server.py \
+		-k "not bench and not demo and not run_batch and not yaml"; engine=$$?; \
+	$(PYTEST) tests/matrix -k "eager and (Mixtral or Qwen3Moe or DeepseekV3 or Glm4MoeFor or Llama4)" && exit $$engine
 
 lint: $(READY)
-	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+	@$(MAKE) $(AT_A_TIME) format-check types-check
+
+format-check: $(READY)
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+types-check: $(READY)
+	$(BIN)/python -m tools.type_check
 
 bench: $(READY)
 	@$(BIN)/python -m benchmarks.cpu.overhead
+
+# What differs in a release of vLLM: make compat VERSION=0.34.0
+compat: $(READY)
+	@$(BIN)/python -m tools.compat "$(VERSION)"
+
+# The pages and pictures that are written from the code.
+docs: $(READY)
+	$(BIN)/python -m tools.pictures

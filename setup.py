@@ -10,4 +10,5 @@ OURS = (
     "vllm.plugins.moe_gpu_prefetch",
 )
 
-setup(packages=find_namespace_packages(include=[f"{package}*" for package in OURS]))
+packages = find_namespace_packages(include=[f"{package}*" for package in OURS])
+setup(packages=packages, package_data={package: ["py.typed"] for package in OURS})

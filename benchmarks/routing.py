@@ -5,12 +5,16 @@ models do not.
 
 `skewed` draws each token's experts without replacement, expert e with odds 1 / (e + 1)
 ** EXPONENT. The exponent is calibrated: one sequence, 128 experts top-8, LRU over 51
-slots (40 % residency) hits 92 %, within the 90-95 % published for Qwen3-30B-A3B. It has
-no topics: all sequences of a batch favour the same experts, so batches overflow less
-than real ones. `python -m benchmarks.routing` prints the hit rates that it gives.
+slots (40 % residency) hits 92 %, within the 90-95 % published for Qwen3-30B-A3B. The
+draw has no topics: all sequences of a batch favour the same experts, so batches
+overflow less than real ones. `python -m benchmarks.routing` prints the hit rates.
 """
 
+import argparse
+
 import torch
+from rich.console import Console
+from rich.table import Table
 
 EXPONENT = 1.8
 STRATEGIES = {"uniform": 0.0, "skewed": EXPONENT}
@@ -74,19 +78,23 @@ def hit_rate(
         )
         for _ in range(steps)
     ]
-    return sum(p.hits for p in plans[100:]) / sum(p.needed for p in plans[100:])
+    counted = plans[steps // 10 :]
+    return sum(plan.hits for plan in counted) / sum(plan.needed for plan in counted)
 
 
 def main() -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--steps", type=int, default=1000, help="of each layer (default: 1000)"
+    )
+    steps = parser.parse_args().steps
     table = Table("routing", "policy", "N", *(f"batch of {b}" for b in (1, 8, 32)))
     for name, exponent in STRATEGIES.items():
         for policy in ("lru", "lfu"):
             for slots in (96, 64, 51, 32):
                 rates = [
-                    f"{hit_rate(exponent, slots, b, policy):.1%}" for b in (1, 8, 32)
+                    f"{hit_rate(exponent, slots, b, policy, steps):.1%}"
+                    for b in (1, 8, 32)
                 ]
                 table.add_row(name, policy, str(slots), *rates)
     Console().print(table)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tools import vllm_versions
+
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
@@ -17,6 +19,9 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+ASKED_VLLM = os.environ.get("TEST_VLLM") or vllm_versions.installed()
+vllm_versions.use(ASKED_VLLM.partition("+")[0])
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +42,15 @@ def fresh() -> Iterator["Fresh"]:
 
 @pytest.fixture
 def caplog_vllm(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """`caplog` for vLLM's loggers, which do not propagate to the root logger."""
+    """`caplog` for vLLM's loggers, which do not propagate to the root logger.
+
+    vLLM configures them when the first engine of a process starts, and drops every
+    handler that was added before. So it is made to do that here.
+    """
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import configure_logging_if_needed
+
+    configure_logging_if_needed(LoggingConfig())
     logger = logging.getLogger("vllm")
     logger.addHandler(caplog.handler)
     yield caplog

@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Compiles every kernel for sm_80, sm_90 and sm_120, which takes no GPU, and prints
 what each one uses: registers a thread, bytes spilled to local memory, bytes of shared
-memory a program, and how many loads of 16 bytes a thread has in flight (what the gather
-needs to fill the bus)."""
+memory a program, and the loads of 16 bytes that a thread has in flight. The gather
+kernel needs such loads to fill the link to the host."""
 
 import argparse
 import json
@@ -22,16 +22,15 @@ from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# vLLM drops triton where no driver is active; compiling needs none, so one stands in
-# meanwhile.
+# vLLM does without triton if no driver is active. Compiling needs no driver, so a
+# stand-in is active while the kernels are imported.
 _STAND_IN = "cpu"
 if not any(backend.driver.is_active() for backend in backends.values()):
     driver = type("CompilerOnly", (), {"is_active": staticmethod(lambda: True)})
     backends[_STAND_IN] = SimpleNamespace(driver=driver)  # type: ignore[index]
 
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.gather_kernel import (  # noqa: E402
-    NARROW_BYTES,
-    UNIT_BYTES,
+    gather_constants,
     gather_kernel,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.plan_kernel import (  # noqa: E402
@@ -68,18 +67,14 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any]]]:
                 constants = plan_constants(experts, slots, policy, 128)
                 constants |= {"TOP_K": top_k, "HAS_PADDING": True, "HAS_MAP": has_map}
                 yield name + ", map" * has_map, plan_kernel, constants
-    for narrow in (0, NARROW_BYTES):
-        name = "gather, narrow rows" if narrow else "gather"
-        yield (
-            name,
-            gather_kernel,
-            {"UNITS": 288, "WIDE": UNIT_BYTES // 8, "NARROW": narrow},
-        )
+    for all_wide in (True, False):
+        name = "gather" if all_wide else "gather, narrow rows"
+        yield name, gather_kernel, gather_constants(288, all_wide)
 
 
 def compile_for(kernel: Any, constants: dict[str, Any], architecture: int) -> Any:
     constants = dict(constants)
-    num_warps = constants.pop("num_warps", 8)
+    num_warps = constants.pop("num_warps")
     signature = {}
     for name in kernel.arg_names:
         if name not in constants:

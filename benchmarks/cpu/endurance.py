@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """A server under load for a long time. Stock vLLM answers a pool of requests one at a
-time; then many clients ask stock, to see that its answers do not depend on the batch,
-and then a server with few slots, whose every answer must be stock's. Exit status 1 if
-anything was wrong.
+time. Then many clients ask stock, which shows that its answers do not depend on the
+batch. Then they ask a server with few slots, and each answer must be stock's. The exit
+status is 1 if anything was wrong.
 
 Greedy and in float32: in bfloat16 stock's own tokens move with the batch.
 """
@@ -14,12 +14,12 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import results
 from tests.support import ROOT
 from tests.support.load import Expected, Load, Tally, answers, requests
 from tests.support.sample import make_checkpoint
@@ -42,30 +42,22 @@ ENVIRONMENT = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
 }
 RSS_GROWTH = 0.01
-"""Some three times what stock moves by; about two kilobytes for every request of ten
+"""About three times what stock moves by: two kilobytes for each request of ten
 minutes."""
 
 SETTLED_S = 3
 """After the last request: its connection is closed, its blocks are free."""
 
 OTHER_CONNECTIONS = 8
-"""Those that a client has closed and the server not yet."""
+"""Connections that a client has closed and the server has not yet."""
 
-NOTES = (
-    "Wrong: a finished answer whose tokens, text and reason to end are not those that "
-    "stock gave",
-    "to the request alone; a closed stream that is no beginning of it; a malformed "
-    "request whose",
-    "status is not stock's. RSS and descriptors: sums over the server's processes; "
-    "growth from the",
-    "median of the first quarter of the samples to that of the last. Faults: any of "
-    "these, memory",
-    f"that grew by more than {RSS_GROWTH:.0%}, a descriptor left open; or, once idle: "
-    f"/health,",
-    "requests or blocks still held, an answer that is not stock's, tables, slots or "
-    "counters that",
-    "do not agree.",
-)
+NOTE = f"""Wrong: a finished answer whose tokens, text and reason to end are not those
+that stock gave to the request alone; a closed stream that is no beginning of that
+answer; a malformed request whose status is not stock's. RSS and descriptors: sums over
+the server's processes; growth from the median of the first quarter of the samples to
+that of the last. Faults: any of these, memory that grew by more than {RSS_GROWTH:.0%},
+a descriptor left open; or, once idle: /health, requests or blocks still held, an answer
+that is not stock's, tables, slots or counters that do not agree."""
 
 console = Console()
 
@@ -186,16 +178,16 @@ def _slots_faults(server: Server) -> list[str]:
     return faults
 
 
-def table(arms: dict[str, Findings], clients: int) -> Table:
-    """One column for each arm."""
-    result = Table("", *arms, title=f"{clients} clients")
+def table(servers: dict[str, Findings], clients: int) -> Table:
+    """One column for each server."""
+    result = Table("", *servers, title=f"{clients} clients")
 
     def row(name: str, values: list[object]) -> None:
         result.add_row(
             name, *(f"{v:,}" if isinstance(v, int) else str(v) for v in values)
         )
 
-    every = list(arms.values())
+    every = list(servers.values())
     row("seconds under load", [round(f.seconds) for f in every])
     for kind in ("finished", "cancelled", "malformed"):
         row(f"requests {kind}", [f.tally.ended[kind] for f in every])
@@ -221,24 +213,6 @@ def table(arms: dict[str, Findings], clients: int) -> Table:
     return result
 
 
-def report(result: Table, command: str) -> str:
-    """The table in markdown."""
-    rows = zip(*(column.cells for column in result.columns), strict=True)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("vllm", "torch"))
-    lines = [
-        *(
-            "# endurance",
-            "",
-            f"date {time.strftime('%Y-%m-%d')}, gpu none (CPU), {versions}",
-        ),
-        *("", f"    {command}", "", *NOTES, ""),
-        f"| {' | '.join(str(column.header) for column in result.columns)} |",
-        f"|{'---|' * len(result.columns)}",
-        *(f"| {' | '.join(map(str, row))} |" for row in rows),
-    ]
-    return "\n".join(lines) + "\n"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -251,20 +225,20 @@ def main() -> int:
         "--warm-up", type=float, default=60, help="seconds before memory counts"
     )
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--report", type=Path, help="write the table here, in markdown")
+    results.save_option(parser)
     arguments = parser.parse_args()
     work = ROOT / ".demo"
     work.mkdir(exist_ok=True)
     model = checkpoint(work / "qwen3-moe-endurance")
     with tempfile.TemporaryDirectory() as logs:
         result = asyncio.run(run(model, Path(logs), arguments))
-    command = "python -m benchmarks.cpu.endurance " + " ".join(sys.argv[1:])
-    if arguments.report is not None:
-        arguments.report.write_text(report(table(result, arguments.clients), command))
-    console.print(table(result, arguments.clients))
-    for arm, findings in result.items():
+    columns = table(result, arguments.clients)
+    console.print(columns)
+    for server, findings in result.items():
         for fault in findings.faults[:20]:
-            console.print(f"{arm}: {fault}", markup=False)
+            console.print(f"{server}: {fault}", markup=False)
+    if arguments.save:
+        console.print(f"kept in {results.save_tables('endurance', [columns], NOTE)}")
     return int(any(findings.faults for findings in result.values()))
 
 

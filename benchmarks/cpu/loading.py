@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What loading costs in time and memory, as ratios to stock in the same run: a
-checkpoint of 2.5 GiB of experts, with stores of their own and with a shared one. About
-five minutes.
-
-Usage: python -m benchmarks.cpu.loading [--repeats N]
+checkpoint of 2.5 GiB of experts, with a store of the engine's own and with a shared
+one. About five minutes.
 """
 
 import argparse
@@ -17,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import results
 from tests.support import ROOT
 from tests.support.engine_process import EngineProcess
 from tests.support.sample import make_large
@@ -25,8 +24,7 @@ SLOTS = 2
 
 
 def once(*arguments: object) -> dict[str, Any]:
-    """One engine: what it measured while loading, and its share of memory
-    afterwards."""
+    """What one engine measured while loading, and its share of memory afterwards."""
     engine = EngineProcess(*arguments)
     answer = engine.answer() | {"pss": engine.pss()}
     engine.end()
@@ -51,17 +49,23 @@ def shared(model: Path, place: Path) -> tuple[dict[str, Any], dict[str, Any], in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--repeats", type=int, default=3, help="runs of each arm (default: 3)"
+        "--repeats", type=int, default=3, help="runs of each engine (default: 3)"
     )
-    repeats = parser.parse_args().repeats
+    parser.add_argument(
+        "--width", type=int, default=768, help="of the experts (default: 768)"
+    )
+    results.save_option(parser)
+    arguments = parser.parse_args()
+    repeats = arguments.repeats
     work = ROOT / ".demo" / "loading"
     work.mkdir(parents=True, exist_ok=True)
-    model = make_large(work / "large")
+    name = f"width-{arguments.width}"
+    model = make_large(work / name, arguments.width)
     place = Path(f"/dev/shm/vllm-expert-stores-{os.getpid()}")
     runs: dict[str, list[dict[str, Any]]] = {}
     together = []
     for _ in range(repeats):
-        runs.setdefault("the rest", []).append(once(model.with_name("large.small")))
+        runs.setdefault("the rest", []).append(once(model.with_name(f"{name}.small")))
         runs.setdefault("stock", []).append(once(model))
         runs.setdefault("slots", []).append(once(model, SLOTS))
         built, attached, memory = shared(model, place)
@@ -69,8 +73,8 @@ def main() -> None:
         runs.setdefault("shared, second", []).append(attached)
         together.append(memory)
 
-    def median(arm: str, field: str) -> float:
-        return statistics.median(run[field] for run in runs[arm])
+    def median(engine: str, field: str) -> float:
+        return statistics.median(run[field] for run in runs[engine])
 
     rest, stock = median("the rest", "load_s"), median("stock", "load_s")
     slots = runs["slots"][0]
@@ -86,22 +90,22 @@ def main() -> None:
         "peak, of what is kept",
     ):
         table.add_column(column, justify="right")
-    for arm in ("stock", "slots", "shared, first", "shared, second"):
-        seconds = median(arm, "load_s")
+    for engine in ("stock", "slots", "shared, first", "shared, second"):
+        seconds = median(engine, "load_s")
         table.add_row(
-            arm,
+            engine,
             f"{seconds:.2f}",
             f"{seconds / stock:.2f}",
             f"{seconds - rest:.2f}",
-            f"{median(arm, 'peak_bytes') / kept:.3f}",
+            f"{median(engine, 'peak_bytes') / kept:.3f}",
         )
     console = Console(highlight=False)
     console.print(table)
     first, second = (
-        median(f"shared, {arm}", "load_s") - rest for arm in ("first", "second")
+        median(f"shared, {start}", "load_s") - rest for start in ("first", "second")
     )
     unshared = median("slots", "load_s") - rest
-    console.print(
+    note = (
         f"The same model without its experts loads in {rest:.2f} s.\n"
         f"Second start: experts {unshared / second:.1f} times as fast as from the "
         f"checkpoint, "
@@ -109,6 +113,9 @@ def main() -> None:
         f"Memory (PSS) of two engines on one store: "
         f"{statistics.median(together) / median('slots', 'pss'):.2f} of one engine's."
     )
+    console.print(note)
+    if arguments.save:
+        console.print(f"kept in {results.save_tables('loading', [table], note)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""`make bench`: what slots cost. Stock and N = E-1, E/2, E/4 of one checkpoint,
-alternated in one run and shown as ratios to stock; then the cost of one decision.
+"""`make bench`: what slots cost on the CPU platform: the time of one decision; then
+stock and N = E-1, E/2, E/4 of one checkpoint, alternated in one run, as ratios to
+stock.
 
 Random weights route almost uniformly, so hit rates are the low end of what real models
 reach.
@@ -30,6 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import results
 from tests.support.engine import moe_layers, start
 from tests.support.sample import make_checkpoint
 from vllm import SamplingParams
@@ -39,9 +41,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu.manager import (
     CPUSlotManager,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import (
-    HostMemory,
-)
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import (
     ExpertRows,
 )
@@ -73,7 +73,7 @@ def seconds(llm: Any, requests: int, tokens: int, seed: int) -> float:
 
 def totals(llm: Any) -> dict[str, int]:
     """The counters of all layers together; empty for stock's engine."""
-    managers = [getattr(layer, "slots", None) for layer in moe_layers(llm)]
+    managers = [getattr(layer, "slot_manager", None) for layer in moe_layers(llm)]
     layers = [manager.counters.as_dict() for manager in managers if manager is not None]
     return {name: sum(layer[name] for layer in layers) for name in (layers or [{}])[0]}
 
@@ -86,29 +86,31 @@ def start_engines() -> dict[str, Any]:
         layers=LAYERS,
         expert_width=256,
     )
-    arms = {"stock": None} | {
+    slots_of = {"stock": None} | {
         f"N = {n}": n for n in (EXPERTS - 1, EXPERTS // 2, EXPERTS // 4)
     }
     return {
-        arm: start(checkpoint, slots=slots, use_tqdm_on_load=False)
-        for arm, slots in arms.items()
+        name: start(checkpoint, slots=slots, use_tqdm_on_load=False)
+        for name, slots in slots_of.items()
     }
 
 
 def throughput(
     engines: dict[str, Any], requests: int, tokens: int, rounds: int
 ) -> Table:
-    """All engines stand side by side. Each round asks every one of them the same, in
-    another order, and gives one ratio each."""
-    spent: dict[str, list[float]] = {arm: [] for arm in engines}
+    """All engines stand side by side. Each round asks all of them the same, beginning
+    with another one, and gives one ratio for each."""
+    spent: dict[str, list[float]] = {name: [] for name in engines}
     for llm in engines.values():
         seconds(llm, requests, tokens, seed=0)
-    warm = {arm: totals(llm) for arm, llm in engines.items()}
-    arms = list(engines)
+    warm = {name: totals(llm) for name, llm in engines.items()}
+    names = list(engines)
     for number in range(rounds):
-        turn = number % len(arms)
-        for arm in arms[turn:] + arms[:turn]:
-            spent[arm].append(seconds(engines[arm], requests, tokens, seed=number + 1))
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            spent[name].append(
+                seconds(engines[name], requests, tokens, seed=number + 1)
+            )
     table = Table(
         *(
             "",
@@ -123,13 +125,13 @@ def throughput(
             f"rounds of {tokens} tokens each)"
         ),
     )
-    for arm, llm in engines.items():
-        ratios = [a / b for a, b in zip(spent["stock"], spent[arm], strict=True)]
+    for name, llm in engines.items():
+        ratios = [a / b for a, b in zip(spent["stock"], spent[name], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        speed = requests * tokens / statistics.median(spent[arm])
-        row = [arm, f"{speed:.0f}", f"{middle:.2f} ({low:.2f}-{high:.2f})"]
+        speed = requests * tokens / statistics.median(spent[name])
+        row = [name, f"{speed:.0f}", f"{middle:.2f} ({low:.2f}-{high:.2f})"]
         if now := totals(llm):
-            moved = {name: now[name] - warm[arm][name] for name in now}
+            moved = {key: now[key] - warm[name][key] for key in now}
             row += [
                 f"{moved['hits'] / moved['needed']:.1%}",
                 f"{moved['loads'] / (rounds * requests * tokens):.2f}",
@@ -189,13 +191,18 @@ def main() -> None:
         "--tokens", type=int, default=32, help="tokens per sequence and round"
     )
     parser.add_argument("--steps", type=int, default=2000, help="decisions to time")
+    results.save_option(parser)
     arguments = parser.parse_args()
     # Decisions first: the engines start threads that would disturb so short a
     # measurement.
-    console.print(decisions(arguments.steps))
+    tables = [decisions(arguments.steps)]
+    console.print(tables[0])
     engines = start_engines()
     for requests in BATCHES:
-        console.print(throughput(engines, requests, arguments.tokens, arguments.rounds))
+        tables.append(throughput(engines, requests, arguments.tokens, arguments.rounds))
+        console.print(tables[-1])
+    if arguments.save:
+        console.print(f"kept in {results.save_tables('overhead', tables)}")
 
 
 if __name__ == "__main__":

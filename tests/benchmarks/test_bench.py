@@ -1,21 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""`make bench` prints a row for each arm; the figures are not tested."""
+"""The benchmarks of the CPU, small: each prints a row for each engine. The figures are
+not tested."""
 
 import subprocess
 import sys
 
+import pytest
+
+from benchmarks import routing
 from tests.support import ROOT
 
 
-def test_every_arm_is_measured():
-    small = ["--rounds", "2", "--tokens", "4", "--steps", "20"]
-    command = [sys.executable, "-m", "benchmarks.cpu.overhead", *small]
+def printed(module: str, *options: str) -> str:
+    command = [sys.executable, "-m", module, *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_what_slots_cost():
+    small = ("--rounds", "2", "--tokens", "4", "--steps", "20")
+    output = printed("benchmarks.cpu.overhead", *small)
     for policy in ("lru", "lfu"):
-        assert f"│ {policy} " in done.stdout
+        assert f"│ {policy} " in output
     for batch in (1, 8):
-        assert f"batch of {batch} " in done.stdout
-    for arm in ("stock", "N = 31", "N = 16", "N = 8"):
-        assert done.stdout.count(f"│ {arm} ") == 2, done.stdout
+        assert f"batch of {batch} " in output
+    for engine in ("stock", "N = 31", "N = 16", "N = 8"):
+        assert output.count(f"│ {engine} ") == 2, output
+
+
+def test_what_loading_costs():
+    output = printed("benchmarks.cpu.loading", "--repeats", "1", "--width", "64")
+    for engine in ("stock", "slots", "shared, first", "shared, second"):
+        assert f" {engine} │" in output, output
+    assert "of one engine's" in output
+
+
+def test_hit_rates():
+    output = printed("benchmarks.routing", "--steps", "20")
+    assert output.count("│ uniform │") == output.count("│ skewed  │") == 8, output
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("uniform", 0.38, 0.42), ("skewed", 0.9, 0.95)]
+)
+def test_routing_is_calibrated(name, low, high):
+    """51 of 128 slots under LRU hit 40 % of uniform routing, and of skewed routing what
+    is published for a real model."""
+    rate = routing.hit_rate(routing.STRATEGIES[name], 51, 1, "lru", steps=500)
+    assert low < rate < high

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What of `benchmarks/gpu/proof.py` can run without a GPU."""
+"""What of `benchmarks/gpu/` can run without a GPU."""
 
 import json
 import os
@@ -8,10 +8,9 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
-from benchmarks import routing
-from benchmarks.gpu import proof
+from benchmarks import results
+from benchmarks.gpu import engine, proof, serving
 from tests.support import ROOT
 
 
@@ -47,11 +46,13 @@ active = type("InterpreterDriver", (), {"is_active": staticmethod(lambda: True)}
 backends["cpu"] = SimpleNamespace(driver=active)
 
 from benchmarks.gpu import memory as memory_checks
+from benchmarks.gpu.machine import Machine
+from benchmarks.gpu.machine import Machine
 from tests.support.fake_driver import FakeDriver, device_memory
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.driver import Driver
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.driver import Driver
 
 
-class StandIn(memory_checks.Machine):
+class StandIn(Machine):
     def memory(self):
         return device_memory(self.driver.module)
 
@@ -104,11 +105,10 @@ def test_a_failed_check_ends_all_and_sets_the_status(tmp_path, monkeypatch, caps
         "memory": step("memory", "AssertionError: it is not"),
         "micro": step("micro", "ok"),
     }
+    kept = results.folder(tmp_path)  # while this machine is known to have no GPU
     monkeypatch.setattr(proof, "STEPS", steps)
-    monkeypatch.setattr(proof, "WORK", tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(proof, "results_folder", lambda: tmp_path)
-    monkeypatch.setattr(proof, "machine", dict)
+    monkeypatch.setattr(proof.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(serving, "results_folder", lambda: kept)
     monkeypatch.setattr(sys, "argv", ["proof.py", "all"])
     assert proof.main() == 1 and run == ["memory"]
     printed = capsys.readouterr().out
@@ -118,21 +118,17 @@ def test_a_failed_check_ends_all_and_sets_the_status(tmp_path, monkeypatch, caps
     assert "passed" in capsys.readouterr().out
 
 
-def test_an_arm_measures_and_its_rows_compare_with_stock(tmp_path, monkeypatch):
-    """An arm with slots under skewed routing: counters, step times, and the table that
-    is kept."""
-    request = {
-        **{
-            "model": proof.TINY,
-            "routing": "skewed",
-            "batches": [2],
-            "tokens": 4,
-            "prefills": [24],
-        },
-        **{"max_model_len": 128, "max_num_seqs": 4, "serving": (2, 8, 4)},
-        "options": {"enforce_eager": True, **proof.slots_option(8)},
-    }
-    measured = proof.run_arm(request)
+REQUEST = {
+    **{"model": serving.TINY, "routing": "skewed", "batches": [2], "tokens": 4},
+    **{"prefills": [24], "max_model_len": 128, "max_num_seqs": 4},
+    **{"serving": (2, 8, 4)},
+    "options": {"enforce_eager": True, **serving.slots_option(8)},
+}
+
+
+def test_an_engine_measures_and_its_rows_compare_with_stock():
+    """An engine with slots under skewed routing: counters and step times."""
+    measured = engine.run_engine(REQUEST)
     assert "failed" not in measured, measured
     decode = measured["decode"]["2"]
     assert decode["needed"] >= decode["hits"] > 0 and decode["loads"] > 0
@@ -144,25 +140,40 @@ def test_an_arm_measures_and_its_rows_compare_with_stock(tmp_path, monkeypatch):
     )
     assert measured["tokens_per_s"] > 0
     rate = 1e6
-    rows = proof.speed_rows("N = 8", "skewed", measured, measured, rate)
+    rows = serving.speed_rows("N = 8", "skewed", measured, measured, rate)
     assert [row["what"] for row in rows] == ["decode, batch 2", "prefill 24"]
     assert rows[0]["of stock"] == 1 and rows[0]["bound ms"] > rows[0]["ms"]
-    failed = proof.speed_rows(
+    failed = serving.speed_rows(
         "N = 96", "skewed", {"failed": "out of memory"}, measured, 1
     )
     assert failed[0]["what"] == "failed: out of memory"
-    monkeypatch.setattr(proof, "WORK", tmp_path)
-    table = proof.save("speed", rows + failed)
-    assert "| N = 8 | skewed | decode, batch 2 |" in table
-    assert (tmp_path / "results" / "speed.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "low", "high"), [("uniform", 0.38, 0.42), ("skewed", 0.9, 0.95)]
-)
-def test_routing_is_calibrated(name, low, high):
-    """51 of 128 slots under LRU hit 40 % of uniform routing, and what is published for
-    a real model of skewed routing."""
-    assert (
-        low < routing.hit_rate(routing.STRATEGIES[name], 51, 1, "lru", steps=500) < high
-    )
+def test_a_failed_engine_is_a_result():
+    failed = engine.run_engine({**REQUEST, "options": {"no_such_option": 1}})
+    assert "no_such_option" in failed["failed"]
+
+
+def test_a_second_run_measures_what_the_first_had_no_time_for(tmp_path, monkeypatch):
+    """Each engine once; the rows compare with the first of their routing."""
+    asked = []
+
+    def run_engine(request):
+        asked.append((request["name"], request["routing"]))
+        step = {"ms": 2.0 if "additional_config" in request["options"] else 1.0}
+        return {"decode": {"1": step}, "prefill": {}}
+
+    monkeypatch.setattr(serving, "run_engine", run_engine)
+    monkeypatch.setattr(serving, "WORK", tmp_path)
+    monkeypatch.setattr(serving, "ENGINES_SECONDS", -1)
+    with pytest.raises(StopIteration):
+        serving.grid(True), next(iter(()))
+    assert asked == []
+    monkeypatch.setattr(serving, "ENGINES_SECONDS", 400)
+    rows = serving.speed(True)
+    once = list(asked)
+    assert len(set(once)) == len(once) == 2 * (2 + 2)
+    assert once[0][0] == "stock, resident" and once[3][0] == "stock, resident, again"
+    assert serving.speed(True) == rows and asked == once
+    ratios = {row["engine"]: row["of stock"] for row in rows}
+    assert ratios["N = 8"] == 0.5 and ratios["stock, resident, again"] == 1

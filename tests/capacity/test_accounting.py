@@ -1,27 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The plan's limits are vLLM's own: what it may use of the GPU that is there, and how
-the process that asks is started."""
+"""The plan's limits are vLLM's own: the part of a GPU that vLLM may use, and how the
+measuring process is started."""
 
 import gc
 import multiprocessing
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.support.engine import moe_layers, start
-from vllm.model_executor.layers.fused_moe.expert_slots.capacity import footprint
+from vllm.model_executor.layers.fused_moe.expert_slots.capacity import (
+    footprint,
+    gpus,
+    stage,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.footprint import (
     CannotMeasure,
-    GpuMemory,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.capacity.planner import (
+from vllm.model_executor.layers.fused_moe.expert_slots.capacity.gpus import GpuMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.capacity.host_tables import (
+    HostTables,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.capacity.plan import (
     Footprint,
     Limits,
-    MemoryPlanner,
     MoELayer,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.capacity.planner import (
+    MemoryPlanner,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
@@ -63,8 +73,8 @@ def asked(share=0.9, kv_cache=None, ranks=1):
     ],
 )
 def test_what_vllm_may_use(monkeypatch, options, gpu, limit):
-    monkeypatch.setattr(start_up, "current_platform", CUDA)
-    num_bytes, words = start_up._gpu_limit(asked(**options), gpu)
+    monkeypatch.setattr(gpus, "current_platform", CUDA)
+    num_bytes, words = gpus.usable_memory(asked(**options), gpu)
     assert num_bytes == int(limit * GIB) and f"{limit:.2f} GiB" in words
     assert ("an estimate" in words) == (gpu is None and "kv_cache" in options)
 
@@ -82,18 +92,18 @@ def test_what_vllm_may_use(monkeypatch, options, gpu, limit):
 def test_a_share_that_is_not_free(
     monkeypatch, kv_cache, share, ranks, gpu, free, lower
 ):
-    """Others use the GPU, or CUDA itself: vLLM refuses it too, once workers run, and
-    with a KV cache given in bytes."""
-    monkeypatch.setattr(start_up, "current_platform", CUDA)
+    """Other programs or CUDA itself use the GPU. vLLM refuses it too, once workers run,
+    also if the KV cache is given in bytes."""
+    monkeypatch.setattr(gpus, "current_platform", CUDA)
     with pytest.raises(MoEPrefetchError, match=r"asks for .* of 24\.00 GiB") as refusal:
-        start_up._gpu_limit(asked(share, kv_cache, ranks), gpu)
+        gpus.usable_memory(asked(share, kv_cache, ranks), gpu)
     assert free in str(refusal.value) and str(refusal.value).endswith(
         f"lower it to {lower}"
     )
 
 
 def test_a_type_that_the_gpu_lacks(monkeypatch, checkpoint):
-    """Known before a worker says it."""
+    """It is refused before a worker starts."""
 
     def refuse(dtype):
         raise ValueError("Bfloat16 is only supported on newer GPUs")
@@ -110,9 +120,9 @@ def on_gpus(monkeypatch, *memory, **platform):
     accelerator = SimpleNamespace(
         device_count=lambda: len(memory), get_memory_info=lambda device: memory[device]
     )
-    monkeypatch.setattr(footprint.torch, "accelerator", accelerator)
+    monkeypatch.setattr(gpus.torch, "accelerator", accelerator)
     monkeypatch.setattr(
-        footprint, "current_platform", SimpleNamespace(**vars(CUDA) | platform)
+        gpus, "current_platform", SimpleNamespace(**vars(CUDA) | platform)
     )
 
 
@@ -127,40 +137,40 @@ def of_ranks(ranks, backend="mp", ids=None):
 
 def test_the_smallest_gpu_counts(monkeypatch):
     on_gpus(monkeypatch, (20, 24), (18, 24), (1, 24))
-    assert footprint._smallest_gpu(of_ranks(2)) == GpuMemory(total=24, free=18)
+    assert gpus.smallest_gpu(of_ranks(2)) == GpuMemory(total=24, free=18)
     on_gpus(monkeypatch)
-    assert footprint._smallest_gpu(of_ranks(2)) is None
+    assert gpus.smallest_gpu(of_ranks(2)) is None
 
 
 def test_the_gpus_that_the_ranks_get(monkeypatch):
-    """`--device-ids` names them; Ray and torchrun place ranks on GPUs that nobody knows
+    """`--device-ids` names them. Where Ray and torchrun place the ranks is not known
     yet."""
     given = []
-    monkeypatch.setattr(footprint, "set_assigned_physical_gpu_ids", given.extend)
+    monkeypatch.setattr(gpus, "set_assigned_physical_gpu_ids", given.extend)
     on_gpus(
         monkeypatch,
         (1, 24),
         (20, 24),
         logical_device_id_to_visible_device_id=lambda _: given[0],
     )
-    assert footprint._smallest_gpu(of_ranks(1, ids=[1])).free == 20
+    assert gpus.smallest_gpu(of_ranks(1, ids=[1])).free == 20
     on_gpus(monkeypatch, (1, 24), (20, 24))
     for backend in ("ray", "external_launcher"):
-        assert footprint._smallest_gpu(of_ranks(2, backend)) == GpuMemory(24, None)
+        assert gpus.smallest_gpu(of_ranks(2, backend)) == GpuMemory(24, None)
 
 
 def test_an_integrated_gpu_is_refused(monkeypatch):
-    """Its memory is the host's: slots would be copies."""
+    """It uses the host's memory, so slots would be second copies."""
     on_gpus(monkeypatch, (20, 24), is_integrated_gpu=lambda _: True)
     with pytest.raises(
-        MoEPrefetchError, match=r"gains nothing on NVIDIA GB10.* Serve without"
+        MoEPrefetchError, match=r"saves no memory on NVIDIA GB10.* Serve without"
     ):
-        footprint._smallest_gpu(of_ranks(1))
+        gpus.smallest_gpu(of_ranks(1))
 
 
 def test_a_rank_with_fewer_experts_than_the_top_k():
-    """Of expert parallelism: every expert has its slot, and a token needs a rank's
-    share."""
+    """Under expert parallelism every expert can have its slot, and a token needs a
+    rank's share of the top-k."""
     layer = MoELayer(1, 2, (("w", 20 << 20),), share=1 / 8)
     rank = Footprint((layer,), GIB, 0, 0, 0)
     limits = dict(
@@ -177,7 +187,7 @@ def test_a_rank_with_fewer_experts_than_the_top_k():
 
 
 def test_the_process_is_started_as_vllm_starts_its_own(monkeypatch):
-    """Its rules know Ray, WSL2 and a CUDA that is initialised."""
+    """vLLM's rules cover Ray, WSL2 and an initialised CUDA."""
     spawn = multiprocessing.get_context("spawn")
     monkeypatch.setattr(footprint, "get_mp_context", lambda: spawn)
     monkeypatch.setattr(footprint, "current_platform", CUDA)
@@ -199,7 +209,7 @@ def test_a_spawned_process_measures_the_same(checkpoint, monkeypatch):
 def test_a_model_of_another_plugin_is_measured_in_a_spawned_process(
     checkpoint, monkeypatch
 ):
-    """It has no plugins unless it loads them."""
+    """A spawned process has loaded no plugin."""
     called = []
     monkeypatch.setattr(footprint, "load_general_plugins", lambda: called.append(1))
     monkeypatch.setattr(footprint, "_measure", lambda *_: called)
@@ -209,7 +219,7 @@ def test_a_model_of_another_plugin_is_measured_in_a_spawned_process(
 
 
 def test_an_error_behind_many_others_is_one_line(checkpoint, monkeypatch):
-    """To format them all took minutes where tracing had recursed."""
+    """Formatting them all took minutes when tracing had recursed."""
 
     def fail(**_):
         error = ValueError("no\n such  layer " + 999 * "x")
@@ -219,7 +229,7 @@ def test_an_error_behind_many_others_is_one_line(checkpoint, monkeypatch):
     def walk(*_):
         raise AssertionError("the errors behind an error are walked")
 
-    monkeypatch.setattr(footprint, "initialize_model", fail)
+    monkeypatch.setattr(stage, "initialize_model", fail)
     monkeypatch.setattr("traceback.TracebackException.__init__", walk)
     vllm_config = EngineArgs(str(checkpoint), max_model_len=512).create_engine_config()
     with pytest.raises(
@@ -252,13 +262,13 @@ def test_what_is_neither_a_number_nor_a_size(slots):
 
 
 def test_slots_by_their_size(checkpoint, caplog_vllm):
-    """The engine takes the largest N that fits in so much, staging included, and says
-    which."""
+    """The engine takes the largest N whose slots and staging fit into the size, and
+    logs it."""
     size = 2_500_000
     llm = start(checkpoint, slots=f"{size}B")
     layers = moe_layers(llm)
     (slots,) = {layer.num_slots for layer in layers}
-    rows = [layer.slots.rows for layer in layers]
+    rows = [layer.slot_manager.rows for layer in layers]
     taken = sum(r.slot_bytes for r in rows) + rows[0].memory.staging
     per_slot = (
         sum(r.store.bytes_per_expert for r in rows) - rows[0].store.bytes_per_expert
@@ -291,7 +301,7 @@ def test_a_router_class_is_traced_once(monkeypatch):
     for backend, count in ((False, 4), (True, 2)):
         traced.clear()
         config = SimpleNamespace(using_transformers_backend=lambda of=backend: of)
-        with footprint._traced_once(config):
+        with stage._traced_once(config):
             graphs = [
                 fusers.trace(module)
                 for module in (nn.Linear(1, 1), nn.ReLU())
@@ -299,3 +309,20 @@ def test_a_router_class_is_traced_once(monkeypatch):
             ]
         assert len(traced) == count and fusers.trace is stock
     assert graphs == [1, 1, 2, 2]
+
+
+def test_what_a_model_puts_into_host_memory_is_not_made():
+    """A pinned table of 2 TB is counted and costs nothing; small tensors are real."""
+    with torch.device("meta"), HostTables() as tables:
+        table = torch.nn.Parameter(
+            torch.empty(
+                1 << 30, 1024, dtype=torch.bfloat16, device="cpu", pin_memory=True
+            ),
+            requires_grad=False,
+        )
+        large = torch.empty(1 << 40, dtype=torch.uint8, device="cpu")
+        small, weight = torch.zeros(4, device="cpu"), torch.empty(8, 8)
+    assert tables.num_bytes == (1 << 41) + (1 << 40)
+    assert tables.hold(table) and tables.hold(large)
+    assert not tables.hold(weight) and not tables.hold(small)
+    assert weight.is_meta and small.tolist() == [0] * 4

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The link between host and GPU: measured with a clock that is stood in for, its cost
-computed, and said by a real engine that believes it is on CUDA. No GPU has run this."""
+"""The link between host and GPU: its bandwidth by a stand-in clock, its cost by hand,
+and the log lines of a real engine that takes its platform for CUDA. No GPU ran this."""
 
 import argparse
 import math
@@ -17,18 +17,18 @@ from vllm.model_executor.layers.fused_moe.expert_slots.capacity.link import (
     measured_bandwidth,
     staging_copies,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import ExpertStore
-from vllm.plugins.moe_gpu_prefetch import loading
+from vllm.plugins.moe_gpu_prefetch import report
 
 MIB = 1 << 20
 QWEN3_30B = (128, 8, 16, 9_437_184)
 
 
 class Link:
-    """Copies of a size that nothing holds, over a link of so many bytes a second, after
-    a first copy that takes a second; and the clock beside it."""
+    """Copies of any size, without memory behind them, over a link of `speed` bytes a
+    second, and their clock. The first copy takes a second."""
 
     def __init__(self, speed):
         self.speed, self.now, self.copies = speed, 0.0, 0
@@ -46,7 +46,7 @@ class Link:
 
 @pytest.mark.parametrize("speed", [0.4e9, 3.2e9, 25e9, 400e9])
 def test_the_bandwidth_is_that_of_the_link(speed):
-    """Not of the first copy, and within a fraction of a second on a slow link."""
+    """The first copy does not count. A slow link takes a fraction of a second too."""
     link = Link(speed)
     copies = [(link.target(32 * MIB), None), (link.target(24 * MIB), None)]
     assert measured_bandwidth(copies, link.clock) == pytest.approx(speed)
@@ -82,7 +82,7 @@ def layer_rows(slots, experts=8):
 
 
 def test_measuring_leaves_slots_and_store_as_they_were(monkeypatch):
-    """It writes to staging rows alone, and takes no memory but the layer's own."""
+    """It writes to staging rows only, and takes no memory except the layer's own."""
     monkeypatch.setattr(link, "_PIECE", 3 * 2_400_000 + 5)
     rows = layer_rows(3)
     slots = {name: slot.clone() for name, slot in rows.slots.items()}
@@ -217,7 +217,7 @@ def test_a_bandwidth_is_read(text, value):
     ],
 )
 def test_what_is_no_bandwidth_is_refused(text):
-    """A number without a unit too: of gigabytes or bytes, nobody knows."""
+    """A number without a unit is refused too."""
     with pytest.raises(
         argparse.ArgumentTypeError, match="is not a bandwidth like 25GB/s"
     ):
@@ -232,11 +232,11 @@ def test_the_engine_says_it_and_answers_the_same(checkpoint, monkeypatch, reques
 
     def ask():
         llm = start(checkpoint, slots=4)
-        held = [layer.slots.residency() for layer in moe_layers(llm)]
+        held = [layer.slot_manager.residency() for layer in moe_layers(llm)]
         for layer in moe_layers(llm):
-            for name, slots in layer.slots.rows.slots.items():
-                home = layer.slots.store.tensors[name]
-                assert torch.equal(slots, home[layer.slots.residency()])
+            for name, slots in layer.slot_manager.rows.slots.items():
+                home = layer.slot_manager.store.tensors[name]
+                assert torch.equal(slots, home[layer.slot_manager.residency()])
         outputs = llm.generate(["You may reproduce", "a"], sampling(8), use_tqdm=False)
         return held, answers(outputs)
 
@@ -251,10 +251,10 @@ def test_the_engine_says_it_and_answers_the_same(checkpoint, monkeypatch, reques
         is_cpu=lambda: True,
         is_integrated_gpu=lambda device: False,
     )
-    monkeypatch.setattr(loading, "current_platform", cuda)
+    monkeypatch.setattr(report, "current_platform", cuda)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     monkeypatch.setattr(
-        loading,
+        report,
         "MemorySnapshot",
         lambda: SimpleNamespace(**vars(use), free_memory=next(free)),
     )
@@ -270,9 +270,9 @@ def test_a_gpu_that_shares_the_hosts_memory_is_not_compared(monkeypatch):
     cuda = SimpleNamespace(
         is_cuda=lambda: True, is_integrated_gpu=lambda device: device == 3
     )
-    monkeypatch.setattr(loading, "current_platform", cuda)
+    monkeypatch.setattr(report, "current_platform", cuda)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
-    assert loading._device_use(None) is None
+    assert report.device_use(None) is None
 
 
 def test_what_the_device_holds(monkeypatch):
@@ -285,18 +285,18 @@ def test_what_the_device_holds(monkeypatch):
 
     def layer(memory):
         return SimpleNamespace(
-            slots=SimpleNamespace(rows=SimpleNamespace(memory=memory))
+            slot_manager=SimpleNamespace(rows=SimpleNamespace(memory=memory))
         )
 
     memory, other = Memory(100), Memory(7)
     monkeypatch.setattr(
-        loading,
+        report,
         "all_slotted_layers",
         lambda _: [layer(memory), layer(memory), layer(other)],
     )
     cuda = SimpleNamespace(is_cuda=lambda: True, is_integrated_gpu=lambda device: False)
-    monkeypatch.setattr(loading, "current_platform", cuda)
+    monkeypatch.setattr(report, "current_platform", cuda)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     snapshot = SimpleNamespace(total_memory=1000, free_memory=500, torch_memory=20)
-    monkeypatch.setattr(loading, "MemorySnapshot", lambda: snapshot)
-    assert loading._device_use(None) == loading.DeviceUse(1000, 500, 127)
+    monkeypatch.setattr(report, "MemorySnapshot", lambda: snapshot)
+    assert report.device_use(None) == report.DeviceUse(1000, 500, 127)

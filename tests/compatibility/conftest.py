@@ -2,11 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 import pytest
 
-from tests.support.arm import run_arm
+from tests.support.apart import run_apart
 
 
 @pytest.fixture(scope="module")
-def stock_arm(tmp_path_factory):
+def run_stock(tmp_path_factory):
     """Stock's answers with some options, asked once."""
     answers = tmp_path_factory.mktemp("stock")
     known = {}
@@ -14,7 +14,9 @@ def stock_arm(tmp_path_factory):
     def ask(checkpoint, **options):
         key = repr((checkpoint, options))
         if key not in known:
-            known[key] = run_arm(checkpoint, answers / f"{len(known)}.json", **options)
+            known[key] = run_apart(
+                checkpoint, answers / f"{len(known)}.json", **options
+            )
         return known[key]
 
     return ask

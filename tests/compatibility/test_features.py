@@ -126,15 +126,41 @@ def test_embeddings(checkpoint):
         _exhaustive({"enable_chunked_prefill": False, "max_num_batched_tokens": 512}),
         _exhaustive({"enable_prefix_caching": False}),
         _exhaustive({"async_scheduling": True}),
-        {"num_gpu_blocks_override": 5, "block_size": 128},
     ],
     ids=lambda arguments: next(iter(arguments)),
 )
 def test_scheduling(checkpoint, arguments):
-    """The scheduler's options; with five blocks of KV cache, requests are preempted and
-    recomputed. (On the CPU platform vLLM turns asynchronous scheduling off by
-    itself.)"""
+    """The scheduler's options. (On the CPU platform vLLM turns asynchronous scheduling
+    off by itself.)"""
     assert_equal_from_slots(checkpoint, **arguments)
+
+
+def test_preemption(checkpoint):
+    """Requests whose KV cache outgrows its blocks are preempted and recomputed.
+
+    Four blocks can be used. Each of the four requests begins in one and needs a second
+    after 128 tokens.
+    """
+
+    def ask(llm):
+        prompts = [{"prompt_token_ids": [3 + i] * 120} for i in range(4)]
+        params = SamplingParams(
+            temperature=0, max_tokens=16, logprobs=1, ignore_eos=True
+        )
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        metrics = {metric.name: metric for metric in llm.get_metrics()}
+        preemptions = metrics["vllm:num_preemptions"].value
+        assert preemptions > 0
+        return answers(outputs), preemptions
+
+    assert_equal_from_slots(
+        checkpoint,
+        ask,
+        num_gpu_blocks_override=5,
+        block_size=128,
+        max_num_batched_tokens=512,
+        disable_log_stats=False,
+    )
 
 
 @pytest.mark.exhaustive
@@ -205,8 +231,12 @@ def test_calls_that_take_parameters_for_the_model_are_refused(checkpoint):
 
 @pytest.mark.exhaustive
 def test_requests_that_are_answered_twice_agree(checkpoint):
-    """What slots held before leaves no trace in an answer."""
+    """What slots held before leaves no trace in an answer: both are stock's."""
+    llm = start(checkpoint, enable_prefix_caching=False)
+    stock = answers(llm.generate(PROMPTS, sampling(8), use_tqdm=False))
+    del llm
+    gc.collect()
     llm = start(checkpoint, slots=SLOTS, enable_prefix_caching=False)
-    first = answers(llm.generate(PROMPTS, sampling(8), use_tqdm=False))
+    assert answers(llm.generate(PROMPTS, sampling(8), use_tqdm=False)) == stock
     llm.generate(["other words altogether"] * 3, sampling(8), use_tqdm=False)
-    assert answers(llm.generate(PROMPTS, sampling(8), use_tqdm=False)) == first
+    assert answers(llm.generate(PROMPTS, sampling(8), use_tqdm=False)) == stock

@@ -5,8 +5,10 @@ that see the same routing hold the same experts without talking to each other.""
 
 import pytest
 
-from tests.support.arm import run_arm
-from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.store import stores
+from tests.support.apart import run_apart
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.catalogue import (
+    stores,
+)
 
 EXPERT_BYTES = 3 * 64 * 128 * 2
 
@@ -29,29 +31,29 @@ def assert_ranks_agree(slotted, slots):
 @pytest.mark.parametrize(
     "slots", [8, *(pytest.param(n, marks=exhaustive) for n in (4, 16, 31))]
 )
-def test_tensor_parallel(checkpoint, tmp_path, stock_arm, slots):
+def test_tensor_parallel(checkpoint, tmp_path, run_stock, slots):
     """Two ranks decide alike without talking to each other."""
     layout = {"tensor_parallel_size": 2}
-    slotted = run_arm(checkpoint, tmp_path / "answer.json", slots=slots, **layout)
-    assert slotted.outputs == stock_arm(checkpoint, **layout).outputs
+    slotted = run_apart(checkpoint, tmp_path / "answer.json", slots=slots, **layout)
+    assert slotted.outputs == run_stock(checkpoint, **layout).outputs
     assert_ranks_agree(slotted, slots)
 
 
 @exhaustive
-def test_tensor_parallel_on_a_shared_store(checkpoint, tmp_path, stock_arm):
+def test_tensor_parallel_on_a_shared_store(checkpoint, tmp_path, run_stock):
     """Each rank has a shared store of its own, built by the first start, attached by
     the second."""
     layout = {"tensor_parallel_size": 2}
     place = tmp_path / "stores"
     for word in ("is complete:", "attached,"):
-        slotted = run_arm(
+        slotted = run_apart(
             checkpoint,
             tmp_path / "answer.json",
             slots=8,
             shared_store=str(place),
             **layout,
         )
-        assert slotted.outputs == stock_arm(checkpoint, **layout).outputs
+        assert slotted.outputs == run_stock(checkpoint, **layout).outputs
         assert_ranks_agree(slotted, 8)
         assert slotted.log.count(f"{word} {4 * 32 * EXPERT_BYTES // 2} bytes") == 2
     assert [store.state for store in stores(place)] == ["complete", "complete"]
@@ -59,7 +61,7 @@ def test_tensor_parallel_on_a_shared_store(checkpoint, tmp_path, stock_arm):
 
 @exhaustive
 @pytest.mark.parametrize("slots", [8, 16])
-def test_pipeline_parallel(checkpoint, tmp_path, stock_arm, slots):
+def test_pipeline_parallel(checkpoint, tmp_path, run_stock, slots):
     """Each of two stages has the slots of its own two layers. Compiled: stock 0.32 has
     no pipeline stages on the CPU platform otherwise."""
     layout = {
@@ -67,8 +69,8 @@ def test_pipeline_parallel(checkpoint, tmp_path, stock_arm, slots):
         "enforce_eager": False,
         "compilation_config": {"mode": 3},
     }
-    slotted = run_arm(checkpoint, tmp_path / "answer.json", slots=slots, **layout)
-    assert slotted.outputs == stock_arm(checkpoint, **layout).outputs
+    slotted = run_apart(checkpoint, tmp_path / "answer.json", slots=slots, **layout)
+    assert slotted.outputs == run_stock(checkpoint, **layout).outputs
     first, second = slotted.counters
     assert len(first) == len(second) == 2 and not set(first) & set(second)
     for rank in slotted.counters:
@@ -84,4 +86,4 @@ def test_stock_has_no_expert_parallelism_on_the_cpu_platform(checkpoint, tmp_pat
     go."""
     layout = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
     with pytest.raises(RuntimeError, match="EngineDeadError"):
-        run_arm(checkpoint, tmp_path / "answer.json", **layout)
+        run_apart(checkpoint, tmp_path / "answer.json", **layout)

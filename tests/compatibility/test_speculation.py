@@ -8,16 +8,16 @@ it."""
 
 import pytest
 
-from tests.support.arm import Arm, run_arm
+from tests.support.apart import ApartRun, run_apart
 from tests.support.sample import make_checkpoint, make_with_mtp
 
 SLOTS = 8
 
 
-def assert_equal_from_slots(checkpoint, answer, stock_arm, **options) -> Arm:
+def assert_equal_from_slots(checkpoint, answer, run_stock, **options) -> ApartRun:
     own = {name: options.pop(name) for name in ("draft_slots",) if name in options}
-    stock = stock_arm(checkpoint, **options)
-    slotted = run_arm(checkpoint, answer, slots=SLOTS, **own, **options)
+    stock = run_stock(checkpoint, **options)
+    slotted = run_apart(checkpoint, answer, slots=SLOTS, **own, **options)
     assert slotted.outputs == stock.outputs
     for name in ("drafts", "draft_tokens", "accepted_tokens"):
         counted = slotted.metrics[f"vllm:spec_decode_num_{name}"]
@@ -27,7 +27,7 @@ def assert_equal_from_slots(checkpoint, answer, stock_arm, **options) -> Arm:
 
 
 @pytest.mark.exhaustive
-def test_n_gram(checkpoint, tmp_path, stock_arm):
+def test_n_gram(checkpoint, tmp_path, run_stock):
     """Drafts looked up in the prompt; verifying them routes several rows of a
     sequence."""
     config = {
@@ -37,14 +37,14 @@ def test_n_gram(checkpoint, tmp_path, stock_arm):
         "prompt_lookup_min": 1,
     }
     slotted = assert_equal_from_slots(
-        checkpoint, tmp_path / "answer.json", stock_arm, speculative_config=config
+        checkpoint, tmp_path / "answer.json", run_stock, speculative_config=config
     )
     (rank,) = slotted.counters
     assert len(rank) == 4 and all(layer["loads"] > 0 for layer in rank.values())
 
 
 @pytest.mark.exhaustive
-def test_draft_model(checkpoint, tmp_path, stock_arm):
+def test_draft_model(checkpoint, tmp_path, run_stock):
     """The draft's layers have as many slots as the model's, or as many as `draft_slots`
     says, and are counted under names of their own."""
     draft = make_checkpoint(tmp_path / "draft", experts=16, top_k=2, layers=2)
@@ -53,7 +53,7 @@ def test_draft_model(checkpoint, tmp_path, stock_arm):
         slotted = assert_equal_from_slots(
             checkpoint,
             tmp_path / "answer.json",
-            stock_arm,
+            run_stock,
             speculative_config=config,
             **own,
         )
@@ -82,14 +82,14 @@ def test_draft_model(checkpoint, tmp_path, stock_arm):
         ),
     ],
 )
-def test_multi_token_prediction(tmp_path, stock_arm, mode):
+def test_multi_token_prediction(tmp_path, run_stock, mode):
     """An MTP layer is a MoE layer with slots of its own."""
     checkpoint = make_with_mtp(tmp_path / "mtp")
     config = {"method": "mtp", "num_speculative_tokens": 1}
     slotted = assert_equal_from_slots(
         checkpoint,
         tmp_path / "answer.json",
-        stock_arm,
+        run_stock,
         speculative_config=config,
         draft_slots=4,
         **mode,

@@ -19,19 +19,30 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from tests.support.sample import make_checkpoint, make_dbrx, make_gpt_oss, make_with_mtp
 from tests.support.stand_in import stand_in
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity import footprint
-from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+from vllm.model_executor.layers.fused_moe.expert_slots.capacity.ranks import (
+    expert_maps_on_the_host,
+    first_rank_of,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.config import (
+    MoEPrefetchConfig,
+    MoEPrefetchError,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.backend import CudaBackend
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.experts import (
     SlottedTritonExperts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.layer import ExpertSlotsMixin
+from vllm.model_executor.layers.fused_moe.expert_slots.model_load import (
+    ModelLoad,
+    loading,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
     pages_of,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import (
     per_expert_parameters,
 )
-from vllm.plugins.moe_gpu_prefetch import layers, register
+from vllm.plugins.moe_gpu_prefetch import register, registry
 
 
 @pytest.fixture(autouse=True)
@@ -72,9 +83,10 @@ def built(
         vllm_config.parallel_config.enable_expert_parallel = True
     vllm_config.compilation_config.static_forward_context.clear()
     with (
-        layers.in_place(),
-        footprint._first_rank_of(0, parallel),
-        footprint._expert_maps_on_the_host(),
+        registry.in_place(),
+        loading(ModelLoad(MoEPrefetchConfig.of(vllm_config))),
+        first_rank_of(0, parallel),
+        expert_maps_on_the_host(),
         set_default_torch_dtype(torch.bfloat16),
         torch.device("meta"),
         set_current_vllm_config(vllm_config),
@@ -223,7 +235,7 @@ def test_a_method_of_a_models_own_is_refused_by_name(directory, monkeypatch):
         RoutedExperts, "_get_quant_method", lambda self, p, q, moe: own(moe)
     )
     with pytest.raises(
-        MoEPrefetchError, match=r"MuseSparkUnquantizedFusedMoE is a model's own"
+        MoEPrefetchError, match=r"MuseSparkUnquantizedFusedMoE belongs to a model"
     ):
         built(make_checkpoint(directory / "qwen3-moe"), 5, monkeypatch)
 
@@ -242,9 +254,7 @@ def test_a_layer_class_that_changes_expert_ids_itself_is_refused(
     own = type("SubstitutedRoutedExperts", (RoutedExperts,), namespace)
     factory = partial(qwen3_moe.FusedMoEFactory, routed_experts_cls=own)
     monkeypatch.setattr(qwen3_moe, "FusedMoEFactory", factory)
-    message = (
-        r"vllm\.substitution\.SubstitutedRoutedExperts works on the router's choices"
-    )
+    message = r"vllm\.substitution\.SubstitutedRoutedExperts rewrites expert ids"
     with pytest.raises(MoEPrefetchError, match=message):
         built(make_checkpoint(directory / "qwen3-moe"), 5, monkeypatch)
 
@@ -280,7 +290,7 @@ def test_a_layer_class_that_is_defined_while_the_model_is_built_is_replaced(
     """Nested models import their modules inside constructors."""
     from vllm.model_executor.custom_op import op_registry_oot
 
-    with layers.in_place():
+    with registry.in_place():
         late = type("LateRoutedExperts", (RoutedExperts,), {"__module__": "vllm.late"})
     after = type("LaterRoutedExperts", (RoutedExperts,), {"__module__": "vllm.late"})
     assert issubclass(op_registry_oot[late.__name__], (ExpertSlotsMixin, late))

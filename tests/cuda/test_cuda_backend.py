@@ -16,23 +16,21 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda import (
     backend,
     gather_kernel,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.driver import Driver
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
     CudaSlotManager,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.driver import Driver
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import (
-    DeviceMemory,
-    HostMemory,
-)
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.memory import DeviceMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
     host_tensor,
     pages_of,
 )
-from vllm.plugins.moe_gpu_prefetch import loading
+from vllm.plugins.moe_gpu_prefetch import guard
 from vllm.plugins.moe_gpu_prefetch.stock import wrapping
 
 
@@ -132,7 +130,7 @@ def test_warm_up_of_a_gpus_worker_is_undone(monkeypatch):
 
     events, installed = [], []
     monkeypatch.setattr(
-        loading,
+        guard,
         "current_platform",
         SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True),
     )
@@ -140,11 +138,11 @@ def test_warm_up_of_a_gpus_worker_is_undone(monkeypatch):
         Worker, "compile_or_warm_up_model", lambda self: events.append("warm-up")
     )
     monkeypatch.setattr(wrapping, "install", lambda *wraps: installed.extend(wraps))
-    loading.guard_worker.__wrapped__()
+    guard.guard_worker.__wrapped__()
     (wrap,) = [wrap for wrap in installed if wrap.name == "compile_or_warm_up_model"]
     assert wrap.owner is Worker
     manager = SimpleNamespace(reset=lambda start: events.append(("reset", start)))
-    slotted = type("Slotted", (), {"slots": manager, "layer_name": "a"})()
+    slotted = type("Slotted", (), {"slot_manager": manager, "layer_name": "a"})()
     modules = {"a": type("Runner", (), {"routed_experts": slotted})(), "b": object()}
     static = SimpleNamespace(static_forward_context=modules)
     asked = {"moe_gpu_prefetch": 8}

@@ -12,8 +12,8 @@ import pytest
 import torch
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 
-from tests.support import ROOT
-from tests.support.arm import run_arm
+from tests.support import ROOT, python_path
+from tests.support.apart import run_apart
 from tests.support.engine import answers, assert_offloaded, moe_layers, sampling, start
 from tests.support.sample import make_checkpoint, make_gpt_oss
 from tests.support.stand_in import stand_in
@@ -111,8 +111,8 @@ def assert_on_gpu_code(layers, slots, experts=EXPERTS):
     assert_offloaded(layers, slots, experts)
     for layer in layers:
         assert type(layer.quant_method.moe_kernel.fused_experts) is SlottedTritonExperts
-        assert isinstance(layer.slots, CudaSlotManager)
-        for home in layer.slots.store.tensors.values():
+        assert isinstance(layer.slot_manager, CudaSlotManager)
+        for home in layer.slot_manager.store.tensors.values():
             assert home.data_ptr() % mmap.PAGESIZE == 0 and pages_of(home) is not None
 
 
@@ -124,7 +124,7 @@ def test_the_engine_equals_stock(gpu_code, checkpoint, stock, slots, policy):
     assert len(layers) == LAYERS
     assert_on_gpu_code(layers, slots)
     assert outputs == stock
-    assert sum(layer.slots.counters.staged for layer in layers) > 0
+    assert sum(layer.slot_manager.counters.staged for layer in layers) > 0
 
 
 def test_as_many_slots_as_experts_is_stock(gpu_code, checkpoint, stock):
@@ -132,7 +132,7 @@ def test_as_many_slots_as_experts_is_stock(gpu_code, checkpoint, stock):
     assert kernels(layers) == {TritonExperts}
     assert outputs == stock
     for layer in layers:
-        assert layer.slots is None and layer.quant_method.requires_device_loading
+        assert layer.slot_manager is None and layer.quant_method.requires_device_loading
         assert pages_of(layer.w13_weight.data) is None
 
 
@@ -145,7 +145,7 @@ def test_a_shared_store_is_built_then_attached(gpu_code, checkpoint, stock, tmp_
         )
         assert_on_gpu_code(layers, 3)
         assert outputs == stock
-        home = layers[0].slots.store.tensors["w13_weight"]
+        home = layers[0].slot_manager.store.tensors["w13_weight"]
         maps = Path("/proc/self/maps").read_text().splitlines()
         (own,) = (line for line in maps if line.startswith(f"{home.data_ptr():x}-"))
         assert "r--s" in own and "experts.bin" in own
@@ -156,7 +156,7 @@ def test_a_warm_start(gpu_code, checkpoint, stock, tmp_path):
     options = {"slots": 8, "policy": "lfu", "warm_start": str(tmp_path / "residents")}
     outputs, layers = ask(checkpoint, **options)
     assert outputs == stock
-    left = [layer.slots.ranking() for layer in layers]
+    left = [layer.slot_manager.ranking() for layer in layers]
     llm = start(
         checkpoint,
         dtype="float32",
@@ -164,7 +164,7 @@ def test_a_warm_start(gpu_code, checkpoint, stock, tmp_path):
         max_num_batched_tokens=32,
         **options,
     )
-    assert [layer.slots.ranking() for layer in moe_layers(llm)] == left
+    assert [layer.slot_manager.ranking() for layer in moe_layers(llm)] == left
     assert [sorted(ranking.experts) for ranking in left] != [list(range(8))] * LAYERS
     llm.collective_rpc("expert_slot_residency")  # every slot holds its expert
     outputs = llm.generate(PROMPTS, [sampling(4 + i) for i in range(3)], use_tqdm=False)
@@ -186,8 +186,10 @@ def test_warm_up_leaves_no_trace(gpu_code, checkpoint, stock, monkeypatch):
     def profile(worker):
         runner = worker.model_runner
         runner._dummy_run(runner.max_num_tokens, skip_attn=True, is_profile=True)
-        layers = [m for m in worker.get_model().modules() if getattr(m, "slots", None)]
-        seen.extend(layer.slots.counters.loads for layer in layers)
+        layers = [
+            m for m in worker.get_model().modules() if getattr(m, "slot_manager", None)
+        ]
+        seen.extend(layer.slot_manager.counters.loads for layer in layers)
         return determine_available_memory(worker)
 
     monkeypatch.setattr(CPUWorker, "determine_available_memory", profile)
@@ -200,7 +202,7 @@ def test_warm_up_leaves_no_trace(gpu_code, checkpoint, stock, monkeypatch):
     )
     assert len(seen) >= LAYERS and all(loads > 0 for loads in seen)
     for layer in moe_layers(llm):
-        manager = layer.slots
+        manager = layer.slot_manager
         assert manager.residency() == [0, 1, 2, 3]
         assert not any(
             manager.counters.as_dict()[name] for name in ("steps", "needed", "loads")
@@ -234,7 +236,7 @@ def test_two_ranks_of_expert_parallelism_equal_stocks(checkpoint, tmp_path, plac
     with the bits of stock's two. (Stock's CPU kernels know no expert parallelism.)"""
     options = {
         "environment": {
-            "PYTHONPATH": str(ROOT / "tests" / "support" / "gpu_path"),
+            "PYTHONPATH": python_path(ROOT / "tests" / "support" / "gpu_path"),
             "TRITON_INTERPRET": "1",
             # Inductor would ask the interpreter for a target.
             "TORCHDYNAMO_DISABLE": "1",
@@ -248,8 +250,8 @@ def test_two_ranks_of_expert_parallelism_equal_stocks(checkpoint, tmp_path, plac
         "enable_expert_parallel": True,
         "expert_placement_strategy": placement,
     }
-    stock = run_arm(checkpoint, tmp_path / "stock.json", **options)
-    slotted = run_arm(checkpoint, tmp_path / "slots.json", slots=2, **options)
+    stock = run_apart(checkpoint, tmp_path / "stock.json", **options)
+    slotted = run_apart(checkpoint, tmp_path / "slots.json", slots=2, **options)
     assert slotted.outputs == stock.outputs
     for rank in slotted.counters:
         assert len(rank) == LAYERS

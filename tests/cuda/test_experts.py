@@ -13,11 +13,11 @@ from vllm.platforms import current_platform
 
 from tests.support.cuda_library import stand_in_for_cuda_library
 from tests.support.moe_layer import Layer
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda import (
     experts,
     gather_kernel,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory
 
 
 class LikeCuda:
@@ -206,10 +206,12 @@ class TestMasks:
 
 def rank_maps(placement: str, model: int = 16) -> list[torch.Tensor]:
     """Each of two ranks' expert map."""
-    everyone, maps = torch.arange(model), []
+    all_experts, maps = torch.arange(model), []
     for rank in range(2):
         here = (
-            everyone[rank::2] if placement == "round robin" else everyone.chunk(2)[rank]
+            all_experts[rank::2]
+            if placement == "round robin"
+            else all_experts.chunk(2)[rank]
         )
         maps.append(torch.full((model,), -1, dtype=torch.int32))
         maps[-1][here] = torch.arange(len(here), dtype=torch.int32)
@@ -232,7 +234,9 @@ def test_each_rank_of_expert_parallelism_equals_stocks(placement, slots):
             ids[tokens // 2 + 1 :, 0] = -1
             here = expert_map[ids[ids >= 0].long()]
             needed += len(here[here >= 0].unique())
-            full, got = (layer.run(arm, x, weights, ids) for arm in ("stock", "slots"))
+            full, got = (
+                layer.run(kernel, x, weights, ids) for kernel in ("stock", "slots")
+            )
             assert full.isfinite().all() and torch.equal(got, full)
         counters = layer.manager.counters
         assert counters.needed == needed and counters.loads > 0

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from tests.support.pair import Pair, make_rows, make_store, routing
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import TOTALS
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda import gather_kernel
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
     CudaSlotManager,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import Ranking
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,11 +13,11 @@ from tests.cuda.recorder import Recorder
 from tests.cuda.test_experts import rank_maps
 from tests.support.cuda_library import stand_in_for_cuda_library
 from tests.support.moe_layer import HIDDEN, Layer
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda import (
     experts,
     gather_kernel,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory
 
 
 @pytest.fixture(autouse=True)
@@ -34,14 +34,14 @@ class Graph:
     """One step of a layer for one number of tokens, recorded on padding, replayed on
     anything."""
 
-    def __init__(self, layer: Layer, tokens: int, monkeypatch, arm: str = "slots"):
+    def __init__(self, layer: Layer, tokens: int, monkeypatch, kernel: str = "slots"):
         self.layer, self.tokens = layer, tokens
         self.x = torch.zeros(tokens, HIDDEN, dtype=layer.dtype)
         self.weights = torch.zeros(tokens, layer.top_k)
         self.ids = torch.full((tokens, layer.top_k), -1, dtype=torch.int32)
         self.recorder = Recorder()
         with self.recorder.recording(monkeypatch):
-            self.output = layer.run(arm, self.x, self.weights, self.ids)
+            self.output = layer.run(kernel, self.x, self.weights, self.ids)
 
     def __call__(self, x, weights, ids) -> torch.Tensor:
         for buffer, value in ((self.x, x), (self.weights, weights), (self.ids, ids)):

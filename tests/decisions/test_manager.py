@@ -11,12 +11,12 @@ from pydantic import ValidationError
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu.manager import CPUSlotManager
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
     FREQUENCY_UNIT,
     MAX_HALF_LIFE,
     ExpertHistory,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import ExpertStore
 

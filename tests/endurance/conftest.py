@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks.cpu import endurance
-from tests.support.server import Server, start, stop, wait
+from tests.support.server import Server, all_serving, start_pair
 
 
 @pytest.fixture(scope="session")
@@ -13,16 +13,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
     """Slots, and stock. The last test to use them ends them."""
     work = tmp_path_factory.mktemp("endurance")
     model = endurance.checkpoint(work / "model")
-    slots = ("--moe-gpu-prefetch", str(endurance.SLOTS))
     options = (*endurance.OPTIONS, "--shutdown-timeout", "120")
-    pair = [
-        start(model, work / f"{name}.log", *options, *added, **endurance.ENVIRONMENT)
-        for name, added in (("slots", slots), ("stock", ()))
-    ]
-    try:
-        for server in pair:
-            wait(server)
+    pair = start_pair(
+        model, work, *options, slots=endurance.SLOTS, **endurance.ENVIRONMENT
+    )
+    with all_serving(pair):
         yield pair
-    finally:
-        for server in pair:
-            stop(server)

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.server import Server, alive, start, stop, wait
+from tests.support.server import Server, alive, all_serving, start_pair
 from vllm.model_executor.layers.fused_moe.expert_slots import counters
 
 GONE_S = 60
@@ -82,26 +82,11 @@ def victims(checkpoint, tmp_path_factory):
     logs = tmp_path_factory.mktemp("victims")
     options = ("--max-model-len", "512", "--enforce-eager")
     pairs = {
-        name: [
-            start(
-                checkpoint,
-                logs / f"{name}-slots.log",
-                *options,
-                "--moe-gpu-prefetch",
-                "8",
-            ),
-            start(checkpoint, logs / f"{name}-stock.log", *options),
-        ]
+        name: start_pair(checkpoint, logs / name, *options)
         for name in ("VLLM::Worker", "VLLM::EngineCore")
     }
-    every = [server for pair in pairs.values() for server in pair]
-    try:
-        for server in every:
-            wait(server)
+    with all_serving([server for pair in pairs.values() for server in pair]):
         yield pairs
-    finally:
-        for server in every:
-            stop(server)
 
 
 @pytest.mark.exhaustive

@@ -31,7 +31,7 @@ def test_without_the_option_layers_are_stock(stock):
     assert len(stock.layers) == 4
     for layer in stock.layers:
         assert (
-            getattr(layer, "slots", None) is None
+            getattr(layer, "slot_manager", None) is None
             and layer.w13_weight.shape[0] == EXPERTS
         )
 
@@ -65,7 +65,8 @@ def test_the_engine_gives_out_what_its_layers_counted(checkpoint):
     """`collective_rpc("expert_slot_counters")` answers with each layer's own totals."""
     slotted = run(checkpoint, slots=8)
     assert slotted.counters == {
-        layer.layer_name: layer.slots.counters.as_dict() for layer in slotted.layers
+        layer.layer_name: layer.slot_manager.counters.as_dict()
+        for layer in slotted.layers
     }
 
 
@@ -88,7 +89,7 @@ def test_the_counters_are_among_the_metrics_of_llm(checkpoint):
         metrics[metric.name] = metrics.get(metric.name, 0) + getattr(metric, "value", 0)
     layers = moe_layers(llm)
     assert metrics["vllm:moe_prefetch_slots"] == 8 * len(layers)
-    loads = sum(layer.slots.counters.loads for layer in layers)
+    loads = sum(layer.slot_manager.counters.loads for layer in layers)
     assert metrics["vllm:moe_prefetch_loads"] == loads > 0
     del llm
     gc.collect()
@@ -118,7 +119,7 @@ def test_all_experts_resident_is_stock(checkpoint, stock, slots):
     slotted = run(checkpoint, slots=slots)
     assert slotted.counters == {}
     for layer in slotted.layers:
-        assert layer.slots is None and layer.w13_weight.shape[0] == EXPERTS
+        assert layer.slot_manager is None and layer.w13_weight.shape[0] == EXPERTS
     assert slotted.outputs == stock.outputs
 
 
@@ -167,9 +168,9 @@ def test_profiling_leaves_tables_and_counters_as_they_were(checkpoint):
     counted."""
     llm = start(checkpoint, slots=8)
     for layer in moe_layers(llm):
-        assert layer.slots.residency() == list(range(8))
-        counters = layer.slots.counters
+        assert layer.slot_manager.residency() == list(range(8))
+        counters = layer.slot_manager.counters
         assert counters.steps == counters.needed == counters.loads == 0
-        assert layer.slots.history.step == 0
+        assert layer.slot_manager.history.step == 0
     del llm
     gc.collect()

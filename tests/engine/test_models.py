@@ -64,9 +64,9 @@ def test_transformers_backend_routing_in_transformers(checkpoint, monkeypatch):
 
 def test_a_layer_that_slips_past_the_slots_is_refused_by_name(checkpoint, monkeypatch):
     """Never silently off: a layer class that the slots do not reach stops the start."""
-    from vllm.plugins.moe_gpu_prefetch import loading
+    from vllm.model_executor.layers.fused_moe.expert_slots.refusals import models
 
-    monkeypatch.setattr(loading, "ExpertSlotsMixin", type("Another", (), {}))
+    monkeypatch.setattr(models, "ExpertSlotsMixin", type("Another", (), {}))
     with pytest.raises(
         MoEPrefetchError, match=r"4 of 4 MoE layers of Qwen3MoeForCausalLM"
     ):

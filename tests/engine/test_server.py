@@ -13,8 +13,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from examples import demo
 from tests.support import ROOT
-from tests.support.server import ENVIRONMENT, Server, serving, start, stop, wait
+from tests.support.server import (
+    ENVIRONMENT,
+    Server,
+    all_serving,
+    serving,
+    start_pair,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import TOTALS
 
 COMMON = (
@@ -31,17 +38,8 @@ TEXT = "You may reproduce and distribute copies of the Work "
 def servers(checkpoint, tmp_path_factory):
     """Eight slots, and stock; started together, for each takes most of a minute."""
     logs = tmp_path_factory.mktemp("servers")
-    pair = [
-        start(checkpoint, logs / "slots.log", *COMMON, "--moe-gpu-prefetch", "8"),
-        start(checkpoint, logs / "stock.log", *COMMON),
-    ]
-    try:
-        for server in pair:
-            wait(server)
+    with all_serving(start_pair(checkpoint, logs, *COMMON)) as pair:
         yield pair
-    finally:
-        for server in pair:
-            stop(server)
 
 
 def ask(server: Server, number: int = 0) -> list[object]:
@@ -122,6 +120,43 @@ def test_metrics_show_the_offload(servers):
     assert after["store_bytes"] == layers * experts * per_expert
     assert after["bytes_loaded_total"] == after["loads_total"] * per_expert
     assert moe(stock) == {}
+
+
+def test_the_example_client_prints_the_answer_and_the_hit_rate(servers):
+    """examples/openai_client.py, on the server with slots and on stock's."""
+
+    def printed(server: Server) -> list[str]:
+        client = (sys.executable, str(ROOT / "examples" / "openai_client.py"))
+        asked = (TEXT, "--url", server.url, "--max-tokens", "16")
+        result = subprocess.run([*client, *asked], stdout=subprocess.PIPE, check=True)
+        return result.stdout.decode().splitlines()
+
+    (*answer, facts), (*stock, none) = map(printed, servers)
+    assert answer == stock and any(answer)
+    assert re.fullmatch(
+        r"[\d.]+% of the experts needed were in slots; [\d,]+ loads, [\d,]+ bytes.",
+        facts,
+    )
+    assert none == "The server reports no expert slots: it runs without them."
+
+
+def test_the_demo(servers, tmp_path, monkeypatch, capsys):
+    """`make demo`, on these servers: what it prints of equal answers, and its status
+    where stock's are different."""
+    started = iter([*servers, servers[0]])
+    monkeypatch.setattr(demo, "start", lambda *_: next(started))
+    monkeypatch.setattr(demo, "stop", lambda _: None)
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    assert demo.main() == 0
+    printed = capsys.readouterr().out
+    assert printed.count("yes, bit for bit") == 4 and "\nequal\n" in printed
+    assert re.search(r"slots per MoE layer\W+8 of 32 experts", printed)
+    [kept] = tmp_path.glob(".demo/stock-*.json")
+    answers = json.loads(kept.read_text())
+    kept.write_text(json.dumps(answers | {"chat": "other words"}))
+    assert demo.main() == 1
+    printed = capsys.readouterr().out
+    assert printed.count("yes, bit for bit") == 3 and "DIFFERENT: chat" in printed
 
 
 def test_sixteen_clients_with_streams_and_cancelled_requests(servers):

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.support import ROOT
+from tests.support import ROOT, python_path
 from tests.support.server import ENVIRONMENT
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import (
@@ -144,7 +144,10 @@ def test_a_script_gets_the_reason_and_foreign_errors_keep_their_tracebacks(
     (foreign / "model.safetensors").write_text("no weights")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(ROOT)}
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "PYTHONPATH": python_path(ROOT),
+    }
     result = ended(
         sys.executable,
         "-u",

@@ -6,7 +6,8 @@ value."""
 import functools
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -30,9 +31,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 SLOTS = st.integers(1, 64) | st.just("auto") | JSON
-KEYS = st.sampled_from(
-    ["policy", "lfu_half_life", "host_memory_reserve", "shared_store", "slots"]
-)
+KEYS = st.sampled_from([field.name for field in fields(MoEPrefetchConfig)])
 VALUES = (
     st.sampled_from(
         ["lru", "lfu", "LRU", 1, 1 << 20, 128.0, "128", "", "\0", "\ud800", 1e308]
@@ -93,7 +92,7 @@ def test_additional_config_takes_any_json(slots, options):
     nothing given, stock."""
     given = {"moe_gpu_prefetch": slots, "moe_gpu_prefetch_config": options}
     try:
-        config = MoEPrefetchConfig.from_additional_config(given)
+        config = MoEPrefetchConfig.of(SimpleNamespace(additional_config=given))
     except MoEPrefetchError as error:
         assert_named(str(error), slots, options)
         return
@@ -130,11 +129,11 @@ def outcome(parse, capsys, *arguments: str) -> MoEPrefetchConfig | str | None:
     """The configuration, or the last line of what the command says when it ends."""
     capsys.readouterr()
     try:
-        additional = parse(*arguments).additional_config
+        parsed = parse(*arguments)
     except SystemExit as stop:
         assert stop.code == 2
         return capsys.readouterr().err.rpartition("error: ")[2]
-    return MoEPrefetchConfig.from_additional_config(additional)
+    return MoEPrefetchConfig.of(parsed)
 
 
 fuzzed = settings(

@@ -10,7 +10,7 @@ shared memory that begins as garbage. Between two barriers of the block, a byte 
 thread writes and another thread reads or writes is a race:
 
     ww-same   several threads write the same value: harmless
-    ww-diff   several threads write different values: whoever comes last wins
+    ww-diff   several threads write different values: the last one wins
     rw        one reads what another writes; whether the value matters is found out by
               running the launch again with those reads replaced by garbage
               (`Launch.poison`)
@@ -25,126 +25,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-LANES = 32
-SHARED_BASE = 1 << 10
-LOCAL_BASE = 1 << 20
-LOCAL_BYTES = 256
-"""A thread's stack: small, and addressed generically."""
-LANE = np.arange(LANES)
-ALL = np.ones(LANES, bool)
-UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
-Array = np.ndarray
-
-
-class SimulationError(AssertionError):
-    """The program did what a GPU would not allow."""
-
-
-# --- memory ---
-
-
-class Memory:
-    """Buffers at their real addresses, or one at a base of its own."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[int, Array] = {}
-        self._bases: list[int] = []
-
-    def add(self, data: Array, base: int | None = None) -> None:
-        """Makes the bytes of `data` (contiguous) accessible."""
-        flat = data.reshape(-1).view(np.uint8)
-        base = flat.ctypes.data if base is None else base
-        if base not in self._buffers or len(self._buffers[base]) < len(flat):
-            self._buffers[base] = flat
-            self._bases = sorted(self._buffers)
-
-    def buffers(self) -> list[Array]:
-        return list(self._buffers.values())
-
-    def _find(self, low: int, high: int, what: str) -> tuple[int, Array]:
-        index = int(np.searchsorted(self._bases, low, side="right")) - 1
-        base = self._bases[index] if index >= 0 else 0
-        if index < 0 or high > base + len(self._buffers[base]):
-            raise SimulationError(f"{what}: {low:#x}...{high:#x} is in no buffer")
-        return base, self._buffers[base]
-
-    def _parts(self, address: Array, size: int, what: str):
-        """Yields buffer, offsets in it and which of `address` they are."""
-        if np.any(address % size):
-            raise SimulationError(f"{what}: address not a multiple of {size}")
-        low, high = int(address.min()), int(address.max()) + size
-        try:
-            base, data = self._find(low, high, what)
-            yield data, (address - np.uint64(base)).astype(np.int64), slice(None)
-        except SimulationError:
-            for i, one in enumerate(address.tolist()):
-                base, data = self._find(one, one + size, what)
-                yield data, np.array([one - base]), slice(i, i + 1)
-
-    def load(self, address: Array, size: int, what: str) -> Array:
-        """[lanes] addresses -> [lanes, size] bytes."""
-        out = np.empty((len(address), size), np.uint8)
-        for data, offset, which in self._parts(address, size, what):
-            out[which] = data[offset[:, None] + np.arange(size)]
-        return out
-
-    def store(self, address: Array, values: Array, what: str) -> None:
-        size = values.shape[1]
-        for data, offset, which in self._parts(address, size, what):
-            data[offset[:, None] + np.arange(size)] = values[which]
-
-
-# --- races ---
-
-
-@dataclass
-class Access:
-    """One memory instruction of some lanes."""
-
-    pc: int
-    is_write: bool
-    threads: Array  # [lanes]
-    address: Array  # [lanes] uint64
-    values: Array  # [lanes, size] bytes written or read
-    order: int  # of warp-wide synchronisations before it
-
-
-def conflicts(accesses: Sequence[Access]):
-    """Yields the bytes that one thread writes and another touches: per granule
-    (address, the indices of its accesses, thread, is_write, value), all unordered."""
-    if not any(a.is_write for a in accesses):
-        return
-    sizes = [a.values.shape[1] for a in accesses]
-    granule = min(8, min(sizes))
-    address, thread, write, which, value = [], [], [], [], []
-    for i, a in enumerate(accesses):
-        words = a.values.shape[1] // granule
-        at = a.address[:, None] + np.arange(words, dtype=np.uint64) * np.uint64(granule)
-        address.append(at.ravel())
-        thread.append(np.repeat(a.threads, words))
-        write.append(np.full(at.size, a.is_write))
-        which.append(np.full(at.size, i))
-        value.append(
-            np.ascontiguousarray(a.values).view(UNSIGNED[granule]).ravel().astype("u8")
-        )
-    address, thread, write, which, value = map(
-        np.concatenate, (address, thread, write, which, value)
-    )
-    order = np.argsort(address, kind="stable")
-    address, thread, write, which, value = (
-        x[order] for x in (address, thread, write, which, value)
-    )
-    starts = np.flatnonzero(np.r_[True, address[1:] != address[:-1]])
-    ends = np.r_[starts[1:], len(address)]
-    written = np.logical_or.reduceat(write, starts)
-    several = np.minimum.reduceat(thread, starts) != np.maximum.reduceat(thread, starts)
-    for group in np.flatnonzero(written & several):
-        part = slice(starts[group], ends[group])
-        yield address[part.start], which[part], thread[part], write[part], value[part]
-
-
-# --- programs ---
+from tests.ptx.ptx_state import (
+    LANE,
+    LANES,
+    LOCAL_BASE,
+    LOCAL_BYTES,
+    SHARED_BASE,
+    Access,
+    Array,
+    Memory,
+    SimulationError,
+    conflicts,
+)
 
 
 @dataclass
@@ -167,9 +59,6 @@ class Program:
     block: int
     actions: list[Callable] = field(default_factory=list)
     registers: dict[str, int] = field(default_factory=dict)
-
-
-# --- one block ---
 
 
 class Warp:
@@ -216,6 +105,8 @@ class Launch:
         racy_reads: (block, interval, pc) -> which threads read what another one writes.
         poison: reads to replace by garbage, in the form of `racy_reads`.
         split: how often a fiber's lanes part, per turn it gets.
+        ordering: places (file:line) of the barriers that order global memory; None for
+            all. Others order shared memory alone, as Triton's own are meant to.
         instructions, barriers: executed by fibers, and passed by blocks.
     """
 
@@ -229,12 +120,14 @@ class Launch:
         rng: np.random.Generator,
         poison: dict | None = None,
         split: float = 0.02,
+        ordering: frozenset[str] | None = None,
     ):
         self.program, self.memory, self.grid, self.rng = program, memory, grid, rng
         self.arguments = dict(
             zip((n for _, n in program.parameters), arguments, strict=False)
         )
         self.shared_bytes, self.poison, self.split = shared_bytes, poison or {}, split
+        self.ordering = ordering
         self.races: Counter[Race] = Counter()
         self.racy_reads: dict = defaultdict(set)
         self.instructions = self.barriers = 0
@@ -251,7 +144,8 @@ class Launch:
                 )
 
     def _report(self, space, scope, accesses, which, thread, write, value, key) -> None:
-        """Counts one granule's race and notes who reads what another writes."""
+        """Counts the race of one granule, and notes the threads that read what another
+        writes."""
         writers = set(thread[write].tolist())
         racy = {
             (accesses[i].pc, t)
@@ -296,7 +190,7 @@ class Block:
         self.shared = Memory()
         size = max(launch.shared_bytes, 1)
         self.shared.add(self.rng.integers(0, 256, size, np.uint8), SHARED_BASE)
-        self.interval = 0
+        self.interval = 0  # how often global memory was ordered
         self.log: dict[str, list[Access]] = {"global": [], "shared": []}
         self.whole_log: list[Access] = []
 
@@ -358,16 +252,23 @@ class Block:
             raise SimulationError(
                 "threads wait at different barriers, or some have ended"
             )
-        self._find_races()
-        self.interval += 1
+        ordering = self.launch.ordering
+        if ordering is None or self.program.instructions[at[0].pc].place in ordering:
+            self._find_races()
+            self.interval += 1
+        else:
+            self._find_races("shared")
         self.launch.barriers += 1
         for warp in self.warps:
             self._merge(mine := [f for f in self.fibers if f.warp is warp])
             mine[0].waits = ""
             mine[0].pc += 1
 
-    def _find_races(self) -> None:
-        for space, log in self.log.items():
+    def _find_races(self, *spaces: str) -> None:
+        """Those since it was called last, in the spaces named, or in both."""
+        spaces = spaces or ("global", "shared")
+        for space in spaces:
+            log = self.log[space]
             for _, which, thread, write, value in conflicts(log):
                 orders = {
                     (thread[i] // LANES, log[w].order) for i, w in enumerate(which)
@@ -382,11 +283,11 @@ class Block:
                 )
                 key = (self.index, self.interval) if space == "global" else None
                 self.launch._report(space, scope, log, which, thread, write, value, key)
-        if self.launch.grid > 1:
+        if self.launch.grid > 1 and "global" in spaces:
             for a in self.log["global"]:
                 a.threads = np.full(len(a.threads), self.index)
             self.whole_log += self.log["global"]
-        self.log = {"global": [], "shared": []}
+        self.log |= {space: [] for space in spaces}
 
     # what instructions call
 

@@ -16,6 +16,7 @@ import torch
 
 from tests.ptx import ptxsim
 from tests.ptx.ptx_instructions import parse
+from tests.ptx.ptx_state import Memory
 from tests.ptx.triton_versions import Compiler
 from tests.support.pair import Pair
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda import (
@@ -47,7 +48,10 @@ class Simulated:
         reached: tensors that it reaches by address.
         races: how many words raced, by kind. Reads of what another thread writes were
             shown not to matter: with garbage in their place, the launch does the same.
+        ordering: the barriers that order global memory, as `ptxsim.Launch` takes them.
     """
+
+    ordering: frozenset[str] | None = None
 
     def __init__(
         self, kernel: Any, path: Path, version: str, architecture: int, seed: int
@@ -64,7 +68,7 @@ class Simulated:
 
     def _launch(self, grid: int, arguments: tuple, options: dict[str, Any]) -> None:
         program, shared = self._program(arguments, dict(options))
-        memory = ptxsim.Memory()
+        memory = Memory()
         for tensor in (
             *(a for a in arguments if isinstance(a, torch.Tensor)),
             *self.reached,
@@ -74,7 +78,14 @@ class Simulated:
 
         def run(poison: dict) -> ptxsim.Launch:
             launch = ptxsim.Launch(
-                program, memory, values, grid, shared, self._rng, poison
+                program,
+                memory,
+                values,
+                grid,
+                shared,
+                self._rng,
+                poison,
+                ordering=self.ordering,
             )
             launch.run()
             self.races.update(launch.races)

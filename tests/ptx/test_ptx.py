@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The compiled kernels' PTX, run as a GPU would run it (`ptxsim`), equals the reference
-after every step and has no race that matters, with every Triton that users have."""
+"""The compiled kernels' PTX, run as a GPU would run it (`ptxsim`), equals the CPU's
+decisions after every step and has no race that matters, with every Triton that users
+have."""
 
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +16,10 @@ from tests.ptx.simulated import KERNELS, Simulated, make_pair, simulated
 from tests.ptx.triton_versions import INSTALLED, RELEASES, VERSIONS, Compiler
 from tests.support.pair import Pair, make_rows, make_store, routing
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
     CudaSlotManager,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory
 
 BARRIER = "tl.debug_barrier()"
 
@@ -157,22 +160,50 @@ def test_gather_copies_rows_of_several_units():
         assert not gather.races
 
 
+def without(barriers: tuple[int, ...], directory: Path) -> tuple[Path, frozenset[str]]:
+    """A copy of the plan kernel without some of its barriers, and the places of the
+    others."""
+    copy = directory / "plan_copy.py"
+    first, *parts = (KERNELS / "plan_kernel.py").read_text().split(BARRIER)
+    kept = ("pass" if i in barriers else BARRIER for i in range(len(parts)))
+    text = first + "".join(map("".join, zip(kept, parts, strict=True)))
+    copy.write_text(text)
+    lines = enumerate(text.splitlines(), 1)
+    places = (f"{copy.name}:{n}" for n, line in lines if line.strip() == BARRIER)
+    return copy, frozenset(places)
+
+
+def play_every_path(plan: Simulated, gather: Simulated) -> None:
+    """Hits alone, misses that fit, and so many ids that flags in memory take them."""
+    pair = make_pair(plan, gather, 128, 24, "lfu", half_life=3)
+    generator = torch.Generator().manual_seed(0)
+    pair.step(torch.arange(8, dtype=torch.int32).view(1, 8))
+    for tokens in (2, 20):
+        pair.step(routing(generator, tokens, 128, 8, 0.02))
+    check_races(plan, gather)
+
+
 def test_missing_barriers_are_noticed(tmp_path):
-    """What the other tests find nothing with would find it. All at once: Triton puts
-    barriers of its own around what passes through shared memory, and one of ours may
-    lie beside one."""
-    source = tmp_path / "plan_without_barriers.py"
-    source.write_text((KERNELS / "plan_kernel.py").read_text().replace(BARRIER, "pass"))
-    case = Case(INSTALLED, 90, 64, 24, 8, "lfu", (2, 3, 30, 3), 0.02)
+    """Triton's own barriers do not make up for ours."""
+    copy, _ = without((0, 1, 2, 3), tmp_path)
     with (
+        simulated(INSTALLED, plan_source=copy) as kernels,
         pytest.raises(AssertionError),
-        simulated(case.version, case.architecture, 0, plan_source=source) as (
-            plan,
-            gather,
-        ),
     ):
-        play(case, plan, gather)
-        check_races(plan, gather)
+        play_every_path(*kernels)
+
+
+@pytest.mark.parametrize("missing", [None, 0, 1, 2, 3])
+def test_our_barriers_order_global_memory(missing, tmp_path):
+    """All are needed, and no others. Triton puts barriers of its own around what
+    passes through shared memory, and some lie beside ours. Here those order shared
+    memory alone."""
+    copy, ours = without(() if missing is None else (missing,), tmp_path)
+    assert len(ours) == (4 if missing is None else 3)
+    expected = nullcontext() if missing is None else pytest.raises(AssertionError)
+    with simulated(INSTALLED, plan_source=copy) as (plan, gather), expected:
+        plan.ordering = ours
+        play_every_path(plan, gather)
 
 
 @pytest.mark.parametrize(

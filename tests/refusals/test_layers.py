@@ -27,21 +27,28 @@ from tests.support.engine import run
 from tests.support.sample import write
 from vllm.model_executor.layers.fused_moe.expert_slots import layer
 from vllm.model_executor.layers.fused_moe.expert_slots.backend import current_backend
-from vllm.model_executor.layers.fused_moe.expert_slots.capacity import footprint
-from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+from vllm.model_executor.layers.fused_moe.expert_slots.capacity.ranks import (
+    first_rank_of,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.config import (
+    MoEPrefetchConfig,
+    MoEPrefetchError,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.model_load import ModelLoad
 from vllm.model_executor.layers.fused_moe.expert_slots.refusals.layers import (
-    experts_elsewhere,
     kernels_for,
-    objection,
+    model_objection,
     top_k_objection,
 )
-from vllm.plugins.moe_gpu_prefetch import loading, register
+from vllm.model_executor.layers.fused_moe.expert_slots.refusals.models import (
+    check_loaded,
+    experts_elsewhere,
+)
+from vllm.plugins.moe_gpu_prefetch import register, report
 from vllm.plugins.moe_gpu_prefetch import start as start_up
 
 PARALLEL = SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1)
-MOE_OF_16 = SimpleNamespace(
-    is_moe=True, get_num_experts=lambda: 16, model="a model", runner_type="generate"
-)
+MOE_OF_16 = SimpleNamespace(is_moe=True, get_num_experts=lambda: 16, model="a model")
 
 
 def on_meta(
@@ -59,7 +66,7 @@ def on_meta(
         torch._C.set_num_threads(1)
         vllm_config.compilation_config.static_forward_context.clear()
         with (
-            footprint._first_rank_of(0, PARALLEL),
+            first_rank_of(0, PARALLEL),
             set_default_torch_dtype(torch.bfloat16),
             torch.device("meta"),
             set_current_vllm_config(vllm_config),
@@ -78,7 +85,7 @@ def on_meta(
 
 
 def objected(model: nn.Module) -> str:
-    return str(objection(model, current_backend()))
+    return str(model_objection(model, current_backend()))
 
 
 def test_stocks_layers_are_objected_to_by_their_kernel(checkpoint):
@@ -104,8 +111,8 @@ def test_runners_and_decode_kernels_of_a_models_own_are_objected_to(
         patch.setattr(Qwen3MoeSparseMoeBlock, "bf16_decode", "its own", raising=False)
         answer = on_meta(None, objected, checkpoint)
     assert (
-        "model.layers.0.mlp (Qwen3MoeSparseMoeBlock): it has decode kernels of its"
-        in answer
+        "model.layers.0.mlp (Qwen3MoeSparseMoeBlock): a model's own decode kernels "
+        "read the experts' weights by expert id (bf16_decode). Serve without" in answer
     )
     own = type("KimiMoERunner", (MoERunner,), {"__module__": "vllm.models.kimi_k3"})
     monkeypatch.setattr(factory, "MoERunner", own)
@@ -147,22 +154,21 @@ def test_layers_are_built_with_the_kernels_that_slots_would_have(
 @pytest.mark.parametrize(
     ("top_k", "refused"), [(-1, True), (0, True), (1, False), (16, False), (17, True)]
 )
-def test_top_k_lies_between_one_and_the_number_of_experts(monkeypatch, top_k, refused):
+def test_top_k_lies_between_one_and_the_number_of_experts(top_k, refused):
     """Whether slots are asked for all experts or not, and before a layer is built."""
     moe_config = SimpleNamespace(
         experts_per_token=top_k, num_experts=16, num_local_experts=16
     )
     assert bool(top_k_objection(moe_config)) == refused
     for slots in (8, 99):
-        asked = SimpleNamespace(additional_config={"moe_gpu_prefetch": slots})
-        monkeypatch.setattr(layer, "get_current_vllm_config", lambda asked=asked: asked)
+        load = ModelLoad(MoEPrefetchConfig.validated(slots, {}))
         if refused:
             with pytest.raises(
                 MoEPrefetchError, match=rf"chooses {top_k} of 16 .* in 1 \.\.\. 16"
             ):
-                layer._slots_for(moe_config)
+                layer._slots_for(load, moe_config)
         else:
-            layer._slots_for(moe_config)
+            layer._slots_for(load, moe_config)
 
 
 def test_a_router_without_choices_is_objected_to(checkpoint, tmp_path):
@@ -257,15 +263,30 @@ def test_experts_of_a_models_own_are_found_by_their_parameters(checkpoint):
     assert found in ("mlp.gate.weight", "mlp.ws", "mlp.w2s")
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-@pytest.mark.parametrize("runner", ["generate", "draft"])
-def test_experts_elsewhere_are_refused_on_every_stage_and_in_a_draft(stages, runner):
-    config = SimpleNamespace(slots=8)
-    model_config = SimpleNamespace(**(vars(MOE_OF_16) | {"runner_type": runner}))
+def test_experts_elsewhere_are_refused_on_every_stage_and_in_a_draft():
+    """By the parameters alone, so on each stage and in a draft too."""
     for model in ELSEWHERE.values():
         with pytest.raises(
             MoEPrefetchError, match="do not go through vLLM's fused-MoE layer"
         ):
-            loading.report(model, config, model_config, stages)
+            check_loaded(model, 8, MOE_OF_16)
     for model in DENSE.values():
-        loading.report(model, config, model_config, stages)
+        check_loaded(model, 8, MOE_OF_16)
+
+
+@pytest.mark.parametrize(
+    ("runner", "stages", "said"),
+    [
+        ("generate", 1, "--moe-gpu-prefetch 8 is ignored: a model has no MoE layer."),
+        ("generate", 2, "This pipeline stage has no MoE layer, so it gets no slots."),
+        ("draft", 2, "The draft a model has no MoE layer, so it gets no slots."),
+    ],
+)
+def test_a_part_without_moe_layers_is_logged(monkeypatch, runner, stages, said):
+    lines = []
+    log = SimpleNamespace(info=lambda line, *values: lines.append(line % values))
+    monkeypatch.setattr(report, "logger", log)
+    model_config = SimpleNamespace(model="a model", runner_type=runner)
+    asked = SimpleNamespace(slots=8)
+    report.report(DENSE["shared_experts"], asked, model_config, stages)
+    assert lines == [said]

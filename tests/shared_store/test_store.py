@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""A shared store is complete and right, or it is not served: whoever is killed or
-tampers."""
+"""A shared store is complete and correct, or it is not used, whichever process is
+killed and whatever is changed on disk."""
 
 import multiprocessing
 import os
@@ -13,20 +13,23 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
-from tests.support import ROOT, store_process
+from tests.support import ROOT, python_path, store_process
 from tests.support.command_line import moe_prefetch_here
-from tests.support.engine import assert_offloaded, moe_layers, run, start
 from tests.support.store_process import LAYERS, attach, build_slowly, tensors_of
-from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+from vllm.model_executor.layers.fused_moe.expert_slots.config import (
+    MoEPrefetchError,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store import (
     store as shared_store,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.store import (
-    key_of,
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.catalogue import (
     remove,
     stores,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.format import key_of
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.trust import (
+    make_place,
 )
 
 IDENTITY = {"model": "m", "rank": 0}
@@ -40,7 +43,7 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([store_process.__name__])
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", python_path(ROOT))
     forkserver.ensure_running()
     monkeypatch.undo()
     return context
@@ -70,7 +73,8 @@ def assert_right(found):
 
 
 def test_what_is_built_is_what_is_attached(place):
-    """Builder and later processes see the same tensors; files are the owner's alone."""
+    """Builder and later processes see the same tensors. Only the owner can access the
+    files."""
     assert_right(build(place))
     with shared_store.shared_store(place, IDENTITY) as store:
         assert store.ready
@@ -109,7 +113,7 @@ def test_a_failed_load_leaves_nothing(place):
 
 
 def test_a_full_place_is_said(place, monkeypatch):
-    """How far it got, and how to get more room."""
+    """The message says how far it got, and how to get more room."""
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
@@ -125,8 +129,8 @@ def test_a_full_place_is_said(place, monkeypatch):
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(moment=st.floats(0, 0.14))
 def test_kill_9_at_any_moment_of_the_build(processes, tmp_path_factory, moment):
-    """Whatever is left is removed by the next builder, or was complete; nothing else is
-    served."""
+    """The next builder removes what is left, unless it is complete. Nothing else is
+    used."""
     place = tmp_path_factory.mktemp("killed") / "stores"
     started = processes.Event()
     process = processes.Process(target=build_slowly, args=(place, IDENTITY, started))
@@ -150,16 +154,16 @@ def test_others_wait_for_the_builder_and_build_nothing(processes, place):
     """Four processes at once: one builds, the others attach what it built."""
     answers = processes.SimpleQueue()
     started = processes.Event()
-    everyone = [
+    builders = [
         processes.Process(target=build_slowly, args=(place, IDENTITY, started, answers))
         for _ in range(4)
     ]
-    for process in everyone:
+    for process in builders:
         process.start()
-    for process in everyone:
+    for process in builders:
         process.join()
         assert process.exitcode == 0
-    assert sorted(answers.get() for _ in everyone) == ["attached"] * 3 + ["built"]
+    assert sorted(answers.get() for _ in builders) == ["attached"] * 3 + ["built"]
 
 
 DAMAGES = {
@@ -180,7 +184,7 @@ def flip(path, position):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_found_and_the_store_rebuilt(place, damage, caplog_vllm):
-    """Never served: said, removed, built again."""
+    """It is never used: it is logged, removed and built again."""
     build(place)
     DAMAGES[damage](place / KEY)
     assert_right(build(place))
@@ -188,19 +192,8 @@ def test_damage_is_found_and_the_store_rebuilt(place, damage, caplog_vllm):
     assert ready(place)
 
 
-def test_a_changed_byte_is_found_before_it_is_served(checkpoint, stock, place):
-    """The start ends, the store is gone, and the next start builds it."""
-    run(checkpoint, slots=8, shared_store=str(place))
-    (data,) = place.glob("*/experts.bin")
-    flip(data, data.stat().st_size // 2)
-    with pytest.raises(MoEPrefetchError, match=r"are not those written.*start again"):
-        start(checkpoint, slots=8, shared_store=str(place))
-    assert stores(place) == []
-    assert run(checkpoint, slots=8, shared_store=str(place)).outputs == stock.outputs
-
-
 def test_a_store_of_another_model_under_this_name_is_rebuilt(place):
-    """Renamed by hand, say: the manifest names its identity."""
+    """A user renamed it, say. The manifest holds its identity."""
     other = IDENTITY | {"model": "other"}
     build(place, other)
     (place / key_of(other)).rename(place / KEY)
@@ -226,13 +219,42 @@ FOREIGN = {
 
 @pytest.mark.parametrize("foreign", FOREIGN)
 def test_what_others_could_have_made_is_refused(place, foreign):
-    """Not removed and not followed: the user is told."""
+    """It is not removed and links are not followed. The message names it."""
     build(place)
     FOREIGN[foreign](place)
     with pytest.raises(
         MoEPrefetchError, match=r"shared_store: .* Name a directory of your own"
     ):
         ready(place)
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "reason"),
+    [
+        ("other", 0o1777, "belongs to user"),
+        ("other", 0o700, "belongs to user"),
+        ("root", 0o755, "belongs to user 0"),
+        ("root", 0o1777, None),
+        ("own", 0o1777, None),
+        ("own", 0o700, None),
+        ("own", 0o770, "can be written by others"),
+    ],
+)
+def test_the_owner_of_a_place(place, monkeypatch, owner, mode, reason):
+    """A sticky directory keeps other users from the files in it, but not its owner."""
+    place.mkdir()
+    place.chmod(mode)
+    found = place.stat()
+    uid = {"own": os.geteuid(), "root": 0, "other": 4321}[owner]
+    if owner == "root":
+        monkeypatch.setattr(os, "geteuid", lambda: 4321)
+    status = os.stat_result([*found[:4], uid, *found[5:]])
+    monkeypatch.setattr(type(place), "stat", lambda self, **_: status)
+    if reason is None:
+        make_place(place)
+    else:
+        with pytest.raises(MoEPrefetchError, match=reason):
+            make_place(place)
 
 
 def test_a_place_that_is_no_directory_is_refused(tmp_path):
@@ -242,7 +264,7 @@ def test_a_place_that_is_no_directory_is_refused(tmp_path):
 
 
 def test_the_command_lists_and_removes(place, monkeypatch, capsys):
-    """What is in use stays; what was removed is built again; foreign files are not
+    """A store in use stays. A removed one is built again. Other files are not
     touched."""
     build(place)
     (place / "mine.txt").write_text("keep")
@@ -260,90 +282,3 @@ def test_the_command_lists_and_removes(place, monkeypatch, capsys):
     assert "is not the key of a store" in capsys.readouterr().err
     assert moe_prefetch_here(monkeypatch, "stores", str(place / "none")) == 2
     assert_right(build(place))
-
-
-@pytest.fixture(scope="module")
-def stock(checkpoint):
-    return run(checkpoint)
-
-
-def test_engines_on_a_shared_store_equal_stock(checkpoint, stock, place, caplog_vllm):
-    """The builder and the attached one, with another N, policy and length; offload
-    happens."""
-    for slots, policy, length, said in (
-        (8, "lru", 512, "is complete"),
-        (5, "lfu", 480, "attached"),
-    ):
-        slotted = run(
-            checkpoint,
-            slots=slots,
-            policy=policy,
-            max_model_len=length,
-            shared_store=str(place),
-        )
-        assert slotted.outputs == stock.outputs
-        assert_offloaded(slotted.layers, slots, 32)
-        assert said in caplog_vllm.text
-        caplog_vllm.clear()
-
-
-def test_a_changed_checkpoint_is_another_store(checkpoint, place, tmp_path):
-    """The same directory with other weights: built anew, and the answers are the new
-    ones."""
-    import shutil
-
-    model = tmp_path / "model"
-    shutil.copytree(checkpoint, model)
-    before = run(model, slots=8, shared_store=str(place))
-    weights = load_file(model / "model.safetensors")
-    changed = {name: w * 2 if "experts" in name else w for name, w in weights.items()}
-    save_file(changed, model / "model.safetensors", {"format": "pt"})
-    after = run(model, slots=8, shared_store=str(place))
-    assert after.outputs == run(model).outputs != before.outputs
-    assert len(stores(place)) == 2
-
-
-def test_an_incomplete_checkpoint_makes_no_store(checkpoint, place, tmp_path):
-    """Refused as without a shared store, and nothing is left to be served later."""
-    import shutil
-
-    model = tmp_path / "model"
-    shutil.copytree(checkpoint, model)
-    weights = load_file(model / "model.safetensors")
-    del weights["model.layers.1.mlp.experts.3.up_proj.weight"]
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(MoEPrefetchError, match="incomplete"):
-        start(model, slots=8, shared_store=str(place))
-    assert stores(place) == []
-
-
-def test_a_place_without_room_is_refused_before_loading(checkpoint, place, monkeypatch):
-    """The room is known before a weight is read."""
-    real = os.statvfs
-
-    def small(path):
-        status = list(real(path))
-        status[4] = 10  # f_bavail
-        return os.statvfs_result(status)
-
-    monkeypatch.setattr(os, "statvfs", small)
-    with pytest.raises(
-        MoEPrefetchError, match=r"has room for .*the experts take 6\.0 MiB"
-    ):
-        start(checkpoint, slots=8, shared_store=str(place))
-
-
-def test_a_store_that_is_there_needs_no_more_host_memory(
-    checkpoint, place, monkeypatch
-):
-    """A second server is not refused for memory that it will not take."""
-    from vllm.plugins.moe_gpu_prefetch import start as start_up
-
-    llm = start(checkpoint, slots=8, shared_store=str(place))
-    assert len(moe_layers(llm)) == 4
-    del llm
-    none_left = start_up.host_memory().__class__(64 << 30, 1 << 20)
-    monkeypatch.setattr(start_up, "host_memory", lambda: none_left)
-    with pytest.raises(MoEPrefetchError, match="must stay free"):
-        start(checkpoint, slots=8)
-    start(checkpoint, slots=8, shared_store=str(place))

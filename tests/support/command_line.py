@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm.plugins.moe_gpu_prefetch.command.plan import main
+from vllm.plugins.moe_gpu_prefetch.command.main import main
 
 
 def moe_prefetch(

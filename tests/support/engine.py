@@ -3,11 +3,13 @@
 """Runs the real engine in this process and looks at its layers afterwards."""
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
 
 PROMPTS = [
     "The licence grants",
@@ -16,14 +18,10 @@ PROMPTS = [
 ]
 """The long one needs every expert of the sample, in several chunks of the prefill."""
 
-OPTIONS = (
-    "policy",
-    "lfu_half_life",
-    "draft_slots",
-    "host_memory_reserve",
-    "shared_store",
-    "warm_start",
+OPTIONS = tuple(
+    field.name for field in fields(MoEPrefetchConfig) if field.name != "slots"
 )
+"""Of `--moe-gpu-prefetch-config`."""
 
 Outputs = list[tuple[list[int], list[dict[int, float]]]]
 
@@ -106,7 +104,7 @@ def assert_offloaded(layers: list[Any], slots: int, experts: int) -> None:
 
     assert layers
     for layer in layers:
-        manager = layer.slots
+        manager = layer.slot_manager
         counters = manager.counters.as_dict()
         assert counters["hits"] + counters["misses"] == counters["needed"] > 0
         assert counters["misses"] == counters["loads"] > 0
@@ -129,11 +127,11 @@ def assert_offloaded(layers: list[Any], slots: int, experts: int) -> None:
 def assert_memory_is_shared(layers: list[Any], slots: int, experts: int) -> None:
     """All layers' rows lie in one memory, which is L * N + (E - N) experts and not L *
     E."""
-    (memory,) = {layer.slots.rows.memory for layer in layers}
+    (memory,) = {layer.slot_manager.rows.memory for layer in layers}
     sizes = [
         (name, experts, experts - slots, tensor[0].nbytes)
         for layer in layers
-        for name, tensor in layer.slots.rows.tensors.items()
+        for name, tensor in layer.slot_manager.rows.tensors.items()
     ]
     elastic = [size for size in sizes if size[2] * size[3] >= memory.page]
     rows = sum(size[3] for size in elastic)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""An engine of `loading_arm.py` in a process of its own, for tests and benchmarks."""
+"""Starts `loading_engine.py`, for tests and benchmarks."""
 
 import json
 import subprocess
@@ -15,7 +15,12 @@ class EngineProcess:
 
     def __init__(self, *arguments: object):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.loading_arm", *map(str, arguments)],
+            [
+                sys.executable,
+                "-m",
+                "tests.support.loading_engine",
+                *map(str, arguments),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -44,7 +49,7 @@ class EngineProcess:
         return self.memory()["pss"]
 
     def end(self) -> None:
-        self.process.communicate(timeout=60)
+        self.process.communicate(timeout=300)
         assert self.process.returncode == 0
 
     def kill(self) -> None:

@@ -41,10 +41,8 @@ from types import SimpleNamespace
 
 import torch
 
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.driver import Driver
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import (
-    DeviceMemory,
-)
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.driver import Driver
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.memory import DeviceMemory
 
 try:
     from cuda.bindings import driver as _real

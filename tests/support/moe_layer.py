@@ -28,19 +28,17 @@ from vllm.v1.worker.workspace import (
 
 from tests.support.cuda_library import activate
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.experts import (
     SlottedTritonExperts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
     CudaSlotManager,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import (
-    HostMemory,
-    Memory,
-)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
     host_tensor,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.memory import Memory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import ExpertStore
 
@@ -90,7 +88,7 @@ class Layer:
         rows = ExpertRows(self.parameters, ExpertStore(homes), self.slots, self.memory)
         config = MoEPrefetchConfig(slots=self.slots, policy=self.policy)
         self.manager = CudaSlotManager(config, rows, expert_map=self.expert_map)
-        self.kernels["slots"].fused_experts.slots = self.manager
+        self.kernels["slots"].fused_experts.slot_manager = self.manager
 
     def normal(self, *shape: int) -> torch.Tensor:
         return (torch.randn(shape, generator=self.generator) * 0.2).to(self.dtype)
@@ -132,10 +130,13 @@ class Layer:
         weights, ids = scores.topk(self.top_k)
         return self.normal(tokens, HIDDEN), weights, ids.to(torch.int32)
 
-    def run(self, arm: str, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor):
-        """The layer's output, [tokens, hidden]; workspaces start as rubbish."""
-        tensors = self.tensors if arm == "stock" else self.parameters
-        return self.kernels[arm].apply(
+    def run(
+        self, kernel: str, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        """The layer's output, [tokens, hidden], by the kernel "stock" or "slots". The
+        workspaces start as rubbish."""
+        tensors = self.tensors if kernel == "stock" else self.parameters
+        return self.kernels[kernel].apply(
             hidden_states=x,
             w1=tensors["w13_weight"],
             w2=tensors["w2_weight"],

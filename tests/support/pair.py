@@ -7,18 +7,16 @@ import torch
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu.manager import CPUSlotManager
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
     CudaSlotManager,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import Ranking
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import StepPlan
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import (
-    HostMemory,
-    Memory,
-)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
     host_tensor,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.memory import Memory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import ExpertStore
 

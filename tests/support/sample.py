@@ -134,14 +134,14 @@ def make_narrow(directory: Path) -> Path:
     return make_checkpoint(directory, expert_width=40)
 
 
-def make_large(directory: Path) -> Path:
-    """A Qwen3-MoE of 2.5 GiB of experts in one file: 12 layers of 64 experts top-2.
+def make_large(directory: Path, width: int = 768) -> Path:
+    """A Qwen3-MoE of 12 layers of 64 experts top-2 in one file: of 2.5 GiB of experts
+    if they are 768 wide.
 
     Written tensor by tensor, as a model in memory would take twice its size.
     """
     if directory.exists():
         return directory
-    width = 768
     small = make_checkpoint(
         directory.with_name(f"{directory.name}.small"),
         experts=2,

@@ -174,6 +174,30 @@ def stop(server: Server) -> None:
         server.process.kill()
 
 
+def start_pair(
+    model: Path, logs: Path, *arguments: str, slots: int = 8, **environment: str
+) -> list[Server]:
+    """Starts `vllm serve` with so many slots, and stock's beside it."""
+    logs.mkdir(exist_ok=True)
+    added = {"slots": ("--moe-gpu-prefetch", str(slots)), "stock": ()}
+    return [
+        start(model, logs / f"{name}.log", *arguments, *more, **environment)
+        for name, more in added.items()
+    ]
+
+
+@contextmanager
+def all_serving(servers: list[Server]) -> Iterator[list[Server]]:
+    """Waits until all of them answer; they are stopped at the end."""
+    try:
+        for server in servers:
+            wait(server)
+        yield servers
+    finally:
+        for server in servers:
+            stop(server)
+
+
 @contextmanager
 def serving(
     model: Path,
@@ -184,8 +208,5 @@ def serving(
 ) -> Iterator[Server]:
     """`start` and `wait`; the server is stopped at the end."""
     server = start(model, log, *arguments, command=command, **environment)
-    try:
-        wait(server)
+    with all_serving([server]):
         yield server
-    finally:
-        stop(server)

@@ -16,15 +16,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from tests.support.cuda_library import stand_in_for_cuda_library
     from vllm.model_executor.layers.fused_moe.expert_slots import backend
+    from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
     from vllm.model_executor.layers.fused_moe.expert_slots.cuda import gather_kernel
     from vllm.model_executor.layers.fused_moe.expert_slots.cuda.backend import (
         CudaBackend,
     )
     from vllm.model_executor.layers.fused_moe.expert_slots.refusals import (
         arguments as conflicts,
-    )
-    from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import (
-        HostMemory,
     )
 
     stand_in_for_cuda_library(monkeypatch)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.store import (
     shared_store,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory
 
 LAYERS = ["a", "b", "c", "d"]
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What is pinned has pages of its own, is unpinned before its address can come again,
-and is said to be refused for the reason that CUDA gives."""
+"""What is pinned has pages of its own and is unpinned before its address can come
+again. A refusal names CUDA's reason."""
 
 import gc
 import mmap
@@ -15,21 +15,15 @@ import torch
 from tests.support.fake_driver import FakeDriver, device_memory
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import (
-    DIRECTORY_VARIABLE,
-    TOTALS,
     SlotCounters,
-    read_counters,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import StepPlan
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda import memory as cuda_memory
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.driver import DriverError
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.store import (
     shared_store,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.weights import (
-    elastic,
-    host_pages,
-)
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.driver import DriverError
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.weights import host_pages
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
     HostPages,
     host_tensor,
@@ -53,7 +47,7 @@ def unmapped(monkeypatch):
         unmap(address, size)
 
     monkeypatch.setattr(host_pages, "unmap_memory", unmap_and_note)
-    monkeypatch.setattr(elastic, "unmap_memory", unmap_and_note)
+    monkeypatch.setattr(cuda_memory, "unmap_memory", unmap_and_note)
     return addresses
 
 
@@ -273,7 +267,7 @@ ADVICE = {
     "OPERATING_SYSTEM": (
         r"Raise the limit of locked memory \(ulimit -l\), free host memory"
     ),
-    "HOST_MEMORY_ALREADY_REGISTERED": "Another library of this process has registered",
+    "HOST_MEMORY_ALREADY_REGISTERED": "Another library in this process has registered",
     "NOT_SUPPORTED": "This platform cannot map host memory",
     "UNKNOWN": "Look up what this error means here",
 }
@@ -324,11 +318,12 @@ def test_the_stand_in_refuses(driver):
     assert register(address, size, 3) == (bad,)
 
 
-# ---- whose memory is pinned: the shared store's, the counters' ----
+# ---- the shared store is pinned ----
 
 
 def test_a_shared_store_is_pinned_tensor_by_tensor(driver, signal_of, tmp_path):
-    """By its builder and by those who attach it, who cannot change it from then on."""
+    """By its builder and by engines that attach it. From then on none of them can
+    change it."""
     tensors = {"w13": torch.randn(4, 100, 33), "w2_bias": torch.arange(28).view(4, 7)}
     for ready in (False, True):
         memory = device_memory(driver)
@@ -352,60 +347,3 @@ def link(descriptor):
         return os.readlink(f"/proc/self/fd/{descriptor}")
     except FileNotFoundError:
         return ""
-
-
-@pytest.mark.parametrize("exposed", [True, False])
-def test_counters_lie_where_kernels_can_count(driver, tmp_path, monkeypatch, exposed):
-    """On pages of their own; what is written there is what readers see."""
-    monkeypatch.delenv(DIRECTORY_VARIABLE, raising=False)
-    if exposed:
-        monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
-    counters = SlotCounters("layer", 3, slots=4, bytes_per_expert=10, experts=8)
-    assert (
-        counters.tensor.shape == (len(TOTALS),) and counters.tensor.dtype == torch.int64
-    )
-    address = device_memory(driver).pin(counters.tensor)
-    assert address == counters.tensor.data_ptr() + driver.host_offset
-    counters.tensor.copy_(torch.arange(1, 11))  # what a kernel does
-    values = dict(zip(TOTALS, range(1, 11), strict=True))
-    values |= {"slots": 4, "slot_bytes": 40, "store_bytes": 80}
-    assert counters.as_dict() == values and counters.bytes_loaded == 10
-    readings = read_counters(tmp_path)
-    assert [(r.rank, r.layer, r.values) for r in readings] == [
-        (3, "layer", values)
-    ] * exposed
-    counters.clear()
-    assert not any(counters.as_dict()[name] for name in TOTALS) and counters.slots == 4
-    with pytest.raises(AttributeError):
-        _ = counters.unheard_of
-
-
-def plan(needed, hits, staged):
-    nobody = torch.empty(0).numpy()
-    return StepPlan(needed, hits, staged, nobody, nobody)
-
-
-def test_what_a_step_adds():
-    """No step without an expert; staging and overflow are not the same."""
-    counters = SlotCounters("", 0, slots=4, bytes_per_expert=10, experts=8)
-    for step in [(0, 0, 0), (3, 3, 0), (4, 1, 2), (7, 3, 3), (5, 2, 0)]:
-        counters.add(plan(*step))
-    assert {name: counters.as_dict()[name] for name in TOTALS} == {
-        "steps": 4,
-        "needed": 19,
-        "hits": 9,
-        "misses": 10,
-        "loads": 10,
-        "staged": 5,
-        "evictions": 5,
-        "staged_steps": 2,
-        "overflow_steps": 2,
-        "bytes_loaded": 100,
-    }
-
-
-def test_a_file_that_was_there_begins_anew(tmp_path, monkeypatch):
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
-    (tmp_path / "0@layer").write_bytes(b"\7" * 500)
-    counters = SlotCounters("layer", 0, 4, 10, 8)
-    assert not counters.tensor.any() and len(read_counters(tmp_path)) == 1

@@ -13,7 +13,9 @@ import pytest
 
 from tests.support.engine_process import EngineProcess
 from tests.support.sample import make_large
-from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.store import stores
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.catalogue import (
+    stores,
+)
 
 EXPERT_BYTES = 12 * 64 * 3 * 768 * 768 * 2
 

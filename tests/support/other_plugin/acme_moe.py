@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""A plugin of somebody else, as real as ours: vLLM finds it through its entry point. It
+"""Another plugin, as real as ours: vLLM finds it through its entry point. It
 does what the environment's ACME lists: names of functions below."""
 
 import functools
@@ -87,24 +87,8 @@ def unmarked():
         _replace(owner, name, make)
 
 
-_before = None
-
-
-def remembered():
-    """Keeps what it wraps in a global."""
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-
-    global _before
-    _before = BaseModelLoader.load_model
-
-    def acme_remembers(*args, **kwargs):
-        return _said(_before, "load_model")(*args, **kwargs)
-
-    BaseModelLoader.load_model = acme_remembers
-
-
 def _sever(index):
-    """Goes back to stock, past whoever wrapped it before."""
+    """Calls stock directly, past every wrap that was there before."""
     owner, name = list(_methods())[index]
 
     def make(before):

@@ -6,11 +6,11 @@ _registered = False
 
 
 def register() -> None:
-    """Entry point of `vllm.general_plugins`: runs in every vLLM process, cheap and
-    idempotent.
+    """Entry point of `vllm.general_plugins`. Each vLLM process calls it; it is cheap,
+    and a second call does nothing.
 
-    It wraps all that it has to or nothing, and never raises, which would end vLLM's
-    start. Where vLLM is not as this plugin knows it, only the flag is there, to be
+    It wraps all methods that it has to, or none. It never raises: that would end vLLM's
+    start. Where this vLLM lacks what the slots need, it adds the flag alone, which is
     refused with the reason.
     """
     global _registered

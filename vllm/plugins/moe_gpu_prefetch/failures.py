@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""How a refusal reaches the user in one line, whatever process found it.
+"""How a refusal of any process reaches the user in one line.
 
-vLLM starts an engine in a process of its own, and workers below it. What ends one of
-them is logged there with its traceback, and the process above ends with an error that
-names no reason. A refusal is no fault of the program: the process that finds it leaves
-the reason in the engine's directory (`counters.py`) and exits; each process above takes
-it from there, and the front end raises it.
+vLLM starts an engine in a process of its own, and workers below it. An error that ends
+one of them is logged there with its traceback, and the process above ends with an error
+without a reason. A refusal is not a bug, so the process that finds it writes the reason
+into the engine's directory (`counters.py`) and exits. Each process above reads it
+there, and the front end raises it.
 """
 
 import functools
@@ -33,19 +33,19 @@ _front_end: int | None = None
 
 
 def this_is_the_front_end() -> None:
-    """Called by the process that makes an engine's directory: refusals reach the user
-    from here."""
+    """Marks this process, which makes the engine's directory, as the one that shows
+    refusals to the user."""
     global _front_end
     _front_end = os.getpid()
 
 
 def in_one_line(refusal: MoEPrefetchError) -> str:
-    """What the command line prints of a refusal, as argparse prints an error."""
+    """The line that the command prints for a refusal, like argparse's errors."""
     return f"vllm: error: {' '.join(str(refusal).split())}"
 
 
 def show_refusals_in_one_line() -> None:
-    """From now on a refusal that ends this process is one line, the last; any other
+    """From now on a refusal that ends this process is printed as one line. Any other
     error keeps its traceback."""
     show = sys.excepthook
     if getattr(show, "__module__", None) == __name__:
@@ -61,10 +61,12 @@ def show_refusals_in_one_line() -> None:
 
 
 def ending(refusal: MoEPrefetchError) -> BaseException:
-    """What to raise in this process for a refusal that it found: the refusal itself in
-    the front end, and where no directory leads there. Elsewhere `SystemExit`, for which
-    vLLM logs no traceback; the reason was left for the front end, and logged in one
-    line."""
+    """What to raise for a refusal that this process found.
+
+    The front end raises the refusal itself, and so does a process without an engine's
+    directory. Any other process leaves the reason for the front end, logs it in one
+    line, and raises `SystemExit`, for which vLLM logs no traceback.
+    """
     path = _path()
     if path is None or _front_end == os.getpid():
         return refusal
@@ -72,7 +74,7 @@ def ending(refusal: MoEPrefetchError) -> BaseException:
     try:
         whole.write_text(str(refusal), encoding="utf-8")
         whole.replace(path)
-    except OSError:  # no room, say: told with vLLM's tracebacks rather than not at all
+    except OSError:  # the disk is full, say: vLLM's tracebacks carry the refusal then
         return refusal
     logger.error("%s", refusal)
     _free_shared_memory()
@@ -80,16 +82,16 @@ def ending(refusal: MoEPrefetchError) -> BaseException:
 
 
 def _free_shared_memory() -> None:
-    """Frees what the parallel groups of this worker share with others. vLLM frees it
-    where a worker ends in order; otherwise Python's resource tracker does, with a
-    warning after the last line."""
+    """Frees the memory that this worker's parallel groups share with other workers.
+    vLLM frees it when a worker ends in order. Otherwise Python's resource tracker frees
+    it and prints a warning after the refusal."""
     for group in map(lambda reference: reference(), parallel_state._groups.values()):
         if group is not None:
             group.mq_broadcaster = None
 
 
 def _path() -> Path | None:
-    """Where this engine's processes leave a refusal."""
+    """The file for a refusal in the engine's directory; None if there is none."""
     directory = os.environ.get(DIRECTORY_VARIABLE)
     return (
         Path(directory) / "refusal" if directory and os.path.isdir(directory) else None
@@ -97,8 +99,8 @@ def _path() -> Path | None:
 
 
 def _left_below() -> BaseException | None:
-    """What to raise for a refusal that a process below has left. The front end removes
-    it, so that no later failure is taken for it."""
+    """What to raise for a refusal that a process below has left, or None. The front end
+    removes the file: a later failure must not show the same refusal."""
     path = _path()
     if path is None or not path.exists():
         return None
@@ -110,7 +112,7 @@ def _left_below() -> BaseException | None:
 
 
 def _telling(start: Callable[..., Any]) -> Callable[..., Any]:
-    """`start`, which ends with the refusal of a process below where there was one."""
+    """`start`, which raises the refusal of a process below instead of its own error."""
 
     @functools.wraps(start)
     def start_or_tell(*args: Any, **kwargs: Any) -> Any:
@@ -125,8 +127,8 @@ def _telling(start: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wraps() -> tuple[Wrap, ...]:
-    """The two places where a process learns that one below it has ended: an executor,
-    of its workers; the front end, of its engine."""
+    """The wraps of the two places that notice the end of a process: an executor sees
+    its workers end, the front end its engine."""
     return (
         Wrap(Executor, "__init__", _telling(Executor.__init__)),
         Wrap(

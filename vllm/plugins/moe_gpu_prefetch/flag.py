@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The flags `--moe-gpu-prefetch` and `--moe-gpu-prefetch-config`, merged into
-additional_config."""
+"""The flags `--moe-gpu-prefetch` and `--moe-gpu-prefetch-config`: they are parsed into
+`additional_config`, checked, and settled before an engine starts."""
 
 import argparse
 import functools
@@ -31,7 +31,11 @@ from vllm.plugins.moe_gpu_prefetch.failures import (
     show_refusals_in_one_line,
     this_is_the_front_end,
 )
-from vllm.plugins.moe_gpu_prefetch.stock.check import objection, say_what_is_shared
+from vllm.plugins.moe_gpu_prefetch.stock.check import (
+    log_shared_methods,
+    objection,
+    refuse_where_slots_cannot_work,
+)
 from vllm.plugins.moe_gpu_prefetch.stock.unsupported import with_flags
 from vllm.plugins.moe_gpu_prefetch.stock.wrapping import Wrap
 
@@ -84,21 +88,26 @@ def _add_group(parser: argparse.ArgumentParser) -> None:
         default=None,
         help=(
             f"Options of the expert slots.\n\n{options}\n\nShould either be a valid "
-            f"JSON string "
-            "or JSON keys passed individually."
+            "JSON string or JSON keys passed individually."
         ),
     )
 
 
-def _merge(args: argparse.Namespace) -> None:
+def merge(args: argparse.Namespace) -> None:
+    """Moves the flags of parsed arguments into their `additional_config`.
+
+    Raises:
+        MoEPrefetchError: it is no object, or says something else than the flags.
+    """
     given = {key: getattr(args, key, None) for key in (SLOTS_KEY, OPTIONS_KEY)}
     additional = getattr(args, "additional_config", None)
     if all(value is None for value in given.values()):
         return
     if not isinstance(additional, dict | None):
         raise MoEPrefetchError(
-            f"--additional-config {additional!r} has no room for --moe-gpu-prefetch: "
-            "make it a JSON object, or drop one of the two."
+            f"--additional-config {additional!r} is not a JSON object, so "
+            "--moe-gpu-prefetch cannot be added to it. Make it an object, or drop one "
+            "of the two."
         )
     merged = dict(additional or {})
     for key, value in given.items():
@@ -107,16 +116,27 @@ def _merge(args: argparse.Namespace) -> None:
         if merged.get(key, value) != value:
             raise MoEPrefetchError(
                 f"--{key.replace('_', '-')} {value!r} contradicts additional_config "
-                f"{key}={merged[key]!r}; give one of the two."
+                f"{key}={merged[key]!r}. Give one of the two."
             )
         merged[key] = value
     args.additional_config = merged
 
 
+def _refuse(arguments: EngineArgs) -> None:
+    """Raises:
+    MoEPrefetchError: slots were asked for, and cannot work in this process, or with
+        the other arguments.
+    """
+    if MoEPrefetchConfig.of(arguments) is not None:
+        refuse_where_slots_cannot_work()
+        refuse(arguments)
+
+
 def wraps() -> tuple[Wrap, ...]:
-    """The three methods of `EngineArgs` that see every engine's arguments."""
+    """The wraps of the three methods of `EngineArgs` that see the arguments of each
+    engine."""
     add_cli_args = EngineArgs.add_cli_args
-    from_cli_args = EngineArgs.from_cli_args.__func__
+    from_cli_args = EngineArgs.from_cli_args.__func__  # type: ignore[attr-defined]
     create_engine_config = EngineArgs.create_engine_config
 
     @functools.wraps(add_cli_args)
@@ -127,9 +147,9 @@ def wraps() -> tuple[Wrap, ...]:
     @functools.wraps(from_cli_args)
     def from_cli_args_with_slots(cls: type, args: argparse.Namespace) -> EngineArgs:
         try:
-            _merge(args)
+            merge(args)
             engine_args = from_cli_args(cls, args)
-            refuse(engine_args)
+            _refuse(engine_args)
         except MoEPrefetchError as error:
             print(in_one_line(error), file=sys.stderr)
             raise SystemExit(2) from None
@@ -140,22 +160,22 @@ def wraps() -> tuple[Wrap, ...]:
     def create_engine_config_with_slots(
         self: EngineArgs, *args: Any, **kwargs: Any
     ) -> Any:
-        refuse(self)
-        config = MoEPrefetchConfig.from_additional_config(self.additional_config)
+        _refuse(self)
+        config = MoEPrefetchConfig.of(self)
         if config is None:
             return create_engine_config(self, *args, **kwargs)
         from vllm.plugins.moe_gpu_prefetch.metrics import expose
         from vllm.plugins.moe_gpu_prefetch.start import settle
 
-        # Of several API servers each makes this configuration; their parent starts the
-        # engines, which may have taken the memory when the others look.
+        # Each of several API servers makes this configuration, but their parent starts
+        # the engines. Those may hold the memory by the time that the servers look.
         starts_engines = self._api_process_count == 1 or self._api_process_rank == -1
         if starts_engines:
             directory = open_counters_directory()
             this_is_the_front_end()
         self.worker_extension_cls = self.worker_extension_cls or WORKER_EXTENSION
         vllm_config = create_engine_config(self, *args, **kwargs)
-        say_what_is_shared()
+        log_shared_methods()
         try:
             refuse_draft_slots(config, vllm_config)
             if starts_engines:

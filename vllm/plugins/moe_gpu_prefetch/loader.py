@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The loader seam: the one place that every loaded model passes, in whatever
-process."""
+"""The loader seam: every model of every process is loaded through this method."""
 
 import functools
 from typing import Any
@@ -19,7 +18,8 @@ from vllm.plugins.moe_gpu_prefetch.stock.wrapping import Wrap
 
 
 def wraps() -> tuple[Wrap, ...]:
-    """`BaseModelLoader.load_model`, with slots where they were asked for."""
+    """The wrap of `BaseModelLoader.load_model`, which loads into slots if they were
+    asked for."""
     load_model = BaseModelLoader.load_model
 
     @functools.wraps(load_model)
@@ -33,7 +33,7 @@ def wraps() -> tuple[Wrap, ...]:
         def stock() -> torch.nn.Module:
             return load_model(self, vllm_config, model_config, *args, **kwargs)
 
-        config = MoEPrefetchConfig.from_additional_config(vllm_config.additional_config)
+        config = MoEPrefetchConfig.of(vllm_config)
         if config is None:
             return stock()
         try:

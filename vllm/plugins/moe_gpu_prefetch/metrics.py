@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The counters in the process's Prometheus registry: on the server's `/metrics`, and in
-`LLM.get_metrics()`. They are read when they are asked for, so that a step costs
-nothing.
+`LLM.get_metrics()`. They are read at each scrape, so a step costs nothing.
 
-A collector, not an entry point of `vllm.stat_logger_plugins`: the mere presence of such
-a plugin switches statistics back on under `--disable-log-stats`, and `LLM` does not
-load them.
+They are a collector, not an entry point of `vllm.stat_logger_plugins`. `LLM` does not
+load such a plugin, and its presence alone turns statistics on again under
+`--disable-log-stats`.
 """
 
 import os
@@ -55,14 +54,17 @@ class SlotCollector(Collector):
 
 
 def expose(directory: Path, vllm_config: Any) -> None:
-    """Puts the counters of the engine that is about to start, whose files are in
-    `directory`, into the registry of this process, in the place of an earlier
-    engine's."""
+    """Registers the counters of the engine that is about to start in this process, in
+    the place of an earlier engine's.
+
+    Args:
+        directory: of the workers' counter files.
+    """
     global _exposed
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         logger.warning_once(
-            "Several API servers share one /metrics: the vllm:moe_prefetch_* "
-            "counters are not on it. Use --api-server-count 1, or "
+            "Several API servers share one /metrics, so the vllm:moe_prefetch_* "
+            "counters are not on it. Use --api-server-count 1, or call "
             "collective_rpc('expert_slot_counters')."
         )
         return
@@ -71,9 +73,9 @@ def expose(directory: Path, vllm_config: Any) -> None:
         give_directory_to_ray()
     if parallel.nnodes > 1 and parallel.node_rank == 0:
         logger.warning_once(
-            "The vllm:moe_prefetch_* counters on /metrics are those of this node's "
-            "ranks, not of the other %d nodes'. "
-            "collective_rpc('expert_slot_counters') answers for all ranks.",
+            "The vllm:moe_prefetch_* counters on /metrics cover this node's ranks. "
+            "The ranks of %d other nodes are missing. Call "
+            "collective_rpc('expert_slot_counters') for all ranks.",
             parallel.nnodes - 1,
         )
     if _exposed is not None:

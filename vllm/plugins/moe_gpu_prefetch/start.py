@@ -1,33 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The memory plan of an engine that is about to start: settles N, refuses what does not
-fit, and says what was decided, before a weight is read."""
+"""The memory plan of an engine that is about to start. It settles N, refuses what does
+not fit, and logs the decision, before a weight is read."""
 
 import math
 import mmap
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from vllm.model_executor.layers.fused_moe.expert_slots.capacity.estimates import (
+    rows_per_sequence,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.footprint import (
     CannotMeasure,
-    GpuMemory,
     measure,
-    rows_per_sequence,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.capacity.gpus import (
+    GpuMemory,
+    usable_memory,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.host_memory import (
     available_after_waiting,
     host_memory,
     pinning_objection,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.capacity.plan import Limits
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.planner import (
-    COMMUNICATION_BYTES,
-    CONTEXT_BYTES,
-    Limits,
     MemoryPlanner,
     distinct_experts,
 )
@@ -36,16 +40,18 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.refusals.arguments import (
+from vllm.model_executor.layers.fused_moe.expert_slots.refusals.models import (
     bypassed,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.catalogue import (
+    present,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.identity import (
     checkpoint_directory,
     store_identity,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.store import (
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.trust import (
     make_place,
-    present,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.sizes import gib
 from vllm.plugins.moe_gpu_prefetch.command import gpu_elsewhere
@@ -53,16 +59,17 @@ from vllm.plugins.moe_gpu_prefetch.command import gpu_elsewhere
 logger = init_logger(__name__)
 
 _GPU_PAGE = 2 << 20
-"""The granularity of CUDA's virtual memory on all published devices."""
+"""Bytes of a page of CUDA's virtual memory, on all published devices."""
 
 BATCHES = (1, 4, 16, 64)
+"""Batch sizes for which the log says how many experts a step is expected to need."""
 
 
 def planner_for(
     vllm_config: VllmConfig, config: MoEPrefetchConfig
 ) -> MemoryPlanner | None:
-    """What can be asked about this model on this machine, or on the GPU elsewhere that
-    this process answers for; None for a model without MoE layers.
+    """The planner for this model on this machine, or on the GPU elsewhere that this
+    process answers for; None for a model without MoE layers.
 
     Raises:
         CannotMeasure: the model cannot be built from its configuration.
@@ -71,8 +78,9 @@ def planner_for(
     """
     if current_platform.is_cuda():
         try:
-            current_platform.check_if_supports_dtype(vllm_config.model_config.dtype)
-        except ValueError as error:  # as the worker does, later
+            dtype: Any = vllm_config.model_config.dtype  # vLLM has settled it
+            current_platform.check_if_supports_dtype(dtype)
+        except ValueError as error:  # a worker would raise it later
             raise MoEPrefetchError(str(error)) from None
     elsewhere = gpu_elsewhere.answer_while_building if gpu_elsewhere.pretended else None
     measurement = measure(vllm_config, elsewhere)
@@ -93,15 +101,14 @@ def planner_for(
 def limits_of(
     vllm_config: VllmConfig, config: MoEPrefetchConfig, gpu: GpuMemory | None
 ) -> Limits:
-    """The limits of this machine, or of one with the GPUs that this process answers
-    for.
+    """The limits of this machine, or of the one with the GPU elsewhere.
 
     Args:
-        gpu: the memory of this machine's smallest GPU, where that is known.
+        gpu: the memory of this machine's smallest GPU, if known.
     """
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     scheduler = vllm_config.scheduler_config
-    gpu_bytes, gpu_limit = _gpu_limit(vllm_config, gpu)
+    gpu_bytes, gpu_limit = usable_memory(vllm_config, gpu)
     elsewhere = gpu_elsewhere.pretended is not None
     here, host_is_device = host_memory(), current_platform.is_cpu()
     takes_host_memory = not elsewhere and not _stores_present(vllm_config, config)
@@ -121,52 +128,13 @@ def limits_of(
     )
 
 
-def _gpu_limit(vllm_config: VllmConfig, gpu: GpuMemory | None) -> tuple[int, str]:
-    """Bytes that vLLM may use of each GPU, and the same in words.
-
-    As vLLM counts: a share of the GPU's total, which must be free once a process has
-    its context, and its buffers for several GPUs; or with a KV cache given in bytes,
-    all that is free then.
-
-    Raises:
-        MoEPrefetchError: less is free than the share, which vLLM refuses too, later and
-            in both modes.
-    """
-    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
-    total = current_platform.get_device_total_memory() if gpu is None else gpu.total
-    share = cache.gpu_memory_utilization
-    limit = int(total * share)
-    in_words = f"{gib(limit)} (--gpu-memory-utilization {share:g} of {gib(total)})"
-    if current_platform.is_cpu():
-        return (
-            (limit, in_words)
-            if cache.kv_cache_memory_bytes is None
-            else (total, gib(total))
-        )
-    free, origin = (
-        total - CONTEXT_BYTES,
-        " (an estimate: the total less what CUDA takes)",
-    )
-    if gpu is not None and gpu.free is not None:
-        free, origin = gpu.free, ""
-    free -= COMMUNICATION_BYTES if parallel.world_size > 1 else 0
-    if free < limit:
-        raise MoEPrefetchError(
-            f"--gpu-memory-utilization {share:g} asks for {gib(limit)} of "
-            f"{gib(total)} on the GPU, and {gib(free)} are free{origin}. Stop what "
-            "else uses the GPU, or lower it to "
-            f"{math.floor(100 * free / total) / 100:g}."
-        )
-    if cache.kv_cache_memory_bytes is None:
-        return limit, in_words
-    return free, f"{gib(free)} that are free of {gib(total)}{origin}"
-
-
 def _stores_present(vllm_config: VllmConfig, config: MoEPrefetchConfig) -> bool:
-    """Whether the shared stores of all ranks lie in memory already, so that none is to
-    be had."""
+    """Whether the shared stores of all ranks are complete, so no more host memory is
+    needed."""
+    if config.shared_store is None:
+        return False
     directory = checkpoint_directory(vllm_config, vllm_config.model_config)
-    if config.shared_store is None or directory is None:
+    if directory is None:
         return False
     return all(
         present(
@@ -192,22 +160,22 @@ def _refuse_a_full_place(
     if needed > free:
         raise MoEPrefetchError(
             f"--moe-gpu-prefetch-config.shared_store {config.shared_store} has room "
-            f"for {gib(free)}, the experts take {gib(needed)}. Give it more (mount -o "
-            "remount,size=..., or --shm-size in a container), remove old stores with "
-            f"vllm-moe-prefetch stores {config.shared_store} --remove, or serve "
-            "without it."
+            f"for {gib(free)}, and the experts take {gib(needed)}. Give it more room "
+            "(mount -o remount,size=..., or --shm-size in a container), remove old "
+            f"stores with vllm-moe-prefetch stores {config.shared_store} --remove, or "
+            "serve without it."
         )
 
 
 def settle(vllm_config: VllmConfig) -> None:
-    """Turns `auto` into a number in `vllm_config`, refuses a plan that does not fit,
-    logs it.
+    """Turns a size or `auto` into a number in `vllm_config`, refuses a plan that does
+    not fit, and logs the plan.
 
     Raises:
-        MoEPrefetchError: it does not fit; says what is needed, what there is, and the
-            way out.
+        MoEPrefetchError: the plan does not fit. The message says what is needed, what
+            there is, and the way out.
     """
-    config = MoEPrefetchConfig.from_additional_config(vllm_config.additional_config)
+    config = MoEPrefetchConfig.of(vllm_config)
     if config is None:
         return
     try:
@@ -231,7 +199,8 @@ def settle(vllm_config: VllmConfig) -> None:
     if config.warm_start is not None:
         make_place(Path(config.warm_start), "warm_start")
     _refuse_a_full_place(config, planner, slots)
-    vllm_config.additional_config = {**vllm_config.additional_config, SLOTS_KEY: slots}
+    additional: Any = vllm_config.additional_config
+    vllm_config.additional_config = {**additional, SLOTS_KEY: slots}
     _log(planner, slots, config)
 
 
@@ -241,7 +210,7 @@ def _log(planner: MemoryPlanner, slots: int, config: MoEPrefetchConfig) -> None:
     if config.slots == "auto":
         chosen = " (auto: the largest that leaves the KV cache its room)"
     elif isinstance(config.slots, str):
-        chosen = f" ({config.slots}: the largest that fits in so much)"
+        chosen = f" ({config.slots}: the largest that fits into it)"
     logger.info(
         "Memory plan: %d of %d expert slots per MoE layer%s; per rank %s of slots, "
         "%s of staging, %s of other weights, about %s of intermediates, graphs and "
@@ -265,8 +234,8 @@ def _log(planner: MemoryPlanner, slots: int, config: MoEPrefetchConfig) -> None:
     if plan.slots < planner.num_experts and expected > plan.slots:
         logger.warning(
             "With --max-num-seqs %d a full batch needs about %.0f distinct experts "
-            "of a layer, more than its %d slots: steps that load the rest through "
-            "staging are the normal case then. Lower --max-num-seqs to %d, or raise "
+            "of a layer, more than its %d slots. Each such step loads the rest through "
+            "staging, which is slower. Lower --max-num-seqs to %d, or raise "
             "--moe-gpu-prefetch to %d.",
             limits.max_num_seqs,
             expected,

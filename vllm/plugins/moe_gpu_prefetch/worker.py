@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from vllm.plugins.moe_gpu_prefetch.loading import all_slotted_layers
+from vllm.model_executor.layers.fused_moe.expert_slots.layer import slotted_layers
+
+
+def all_slotted_layers(vllm_config: Any) -> list[Any]:
+    """The MoE layers with slots of this worker, of the model and of its draft."""
+    return slotted_layers(
+        vllm_config.compilation_config.static_forward_context.values()
+    )
 
 
 class ExpertSlotsWorkerExtension:
@@ -19,23 +26,24 @@ class ExpertSlotsWorkerExtension:
         of the inner dictionaries are those of `counters.TOTALS` and
         `counters.SIZES`."""
         return {
-            layer.layer_name: layer.slots.counters.as_dict()
+            layer.layer_name: layer.slot_manager.counters.as_dict()
             for layer in self._slotted_layers()
         }
 
     def expert_slot_residency(self) -> dict[str, list[int]]:
         """The expert in each slot of every slotted layer of this rank, by layer name.
-        Checked first: the tables fit each other, every slot holds its expert's bytes.
+        Checked first: the tables fit each other, and each slot holds the bytes of its
+        expert.
 
         Raises:
-            AssertionError: they are not, or do not.
+            AssertionError: a table or a slot is wrong.
         """
         answer = {}
         for layer in self._slotted_layers():
-            answer[layer.layer_name] = residents = layer.slots.residency()
-            for name, slots in layer.slots.rows.slots.items():
+            answer[layer.layer_name] = residents = layer.slot_manager.residency()
+            for name, slots in layer.slot_manager.rows.slots.items():
                 same = torch.equal(
-                    slots.cpu(), layer.slots.store.tensors[name][residents]
+                    slots.cpu(), layer.slot_manager.store.tensors[name][residents]
                 )
                 assert same, (
                     f"{layer.layer_name}.{name}: a slot does not hold its expert"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The entry point of `vllm-moe-prefetch`: settles which GPU is asked about before vLLM
-is imported, whose modules ask for the platform as they are."""
+"""The entry point of `vllm-moe-prefetch`. It settles which GPU is asked about before it
+imports vLLM: vLLM's modules ask for the platform while they are imported."""
 
 import argparse
 import logging
@@ -17,9 +17,9 @@ from vllm.plugins.moe_gpu_prefetch.command.gpu_elsewhere import (
 
 
 def main() -> None:
-    """Standard output carries the answer alone."""
+    """Runs the command, for this machine or for the GPU that the arguments name."""
     logging.disable(logging.WARNING)
-    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # `command` shows what counts
+    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # `main.py` prints what matters
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--gpu")
     first.add_argument("--gpu-memory", "--gpu_memory")
@@ -32,6 +32,6 @@ def main() -> None:
         except ValueError as error:
             print(f"vllm-moe-prefetch: error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
-    from vllm.plugins.moe_gpu_prefetch.command import plan as command
+    from vllm.plugins.moe_gpu_prefetch.command import main as command
 
     command.main()

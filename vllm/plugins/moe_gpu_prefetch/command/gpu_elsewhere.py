@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""A GPU that is on another machine: answers what vLLM asks of one, so that a model can
-be measured as that GPU would run it. For a process that plans and computes nothing.
+"""A GPU on another machine. This process answers vLLM's questions about it, so that a
+model can be measured as that GPU would run it. The process plans and computes nothing.
 
-`pretend` comes before vLLM's other modules are imported: many ask for the platform as
-they are.
+Call `pretend` before vLLM's other modules are imported: many ask for the platform
+during their import.
 """
 
 import sys
@@ -22,7 +22,7 @@ class Gpu:
     """A GPU as vLLM sees it.
 
     Attributes:
-        name: as people say it.
+        name: its usual name, like "RTX 4090".
         capability: CUDA's compute capability.
         memory: bytes that `cudaMemGetInfo` reports as the total. Published sizes are
             larger.
@@ -58,14 +58,14 @@ in public reports ("GPU 0 has a total capacity of 23.64 GiB"). Drivers differ by
 tens of MiB."""
 
 UNNAMED = (8, 9)
-"""Compute capability of a GPU of which only the memory was given."""
+"""Compute capability that is assumed if only the memory was given."""
 
 
 def gpu_called(text: str) -> Gpu:
     """The GPU of that name, with or without its series ("4090").
 
     Raises:
-        ValueError: there is none.
+        ValueError: the name is not in `GPUS`.
     """
 
     def short(name: str) -> str:
@@ -76,8 +76,8 @@ def gpu_called(text: str) -> Gpu:
         if short(text) == short(name):
             return Gpu(name, capability, int(size * (1 << 30)))
     raise ValueError(
-        f"--gpu {text} is none of {', '.join(GPUS)}. Give its memory instead: "
-        f"--gpu-memory 24GiB."
+        f"--gpu {text} is none of {', '.join(GPUS)}. Give its memory instead, like "
+        "--gpu-memory 24GiB."
     )
 
 
@@ -91,16 +91,16 @@ def _pretended() -> Gpu:
 
 
 def pretend(gpu: Gpu) -> None:
-    """Lets vLLM take this process for one with GPUs like `gpu`.
+    """Makes vLLM see GPUs like `gpu` in this process.
 
     Raises:
-        ValueError: a package that answers for a GPU is missing.
+        ValueError: triton, which vLLM uses on a GPU, is not installed.
     """
     global pretended
     if find_spec("triton") is None:
         raise ValueError(
-            "--gpu and --gpu-memory need triton, which vLLM on a GPU uses, and it is "
-            "not installed. Install it, or ask on the machine with the GPU."
+            "--gpu and --gpu-memory need triton, which is not installed. Install it, "
+            "or run the command on the machine with the GPU."
         )
     from triton.backends import backends
     from triton.runtime import driver
@@ -128,15 +128,14 @@ def pretend(gpu: Gpu) -> None:
         device_count = classmethod(lambda cls: 1024)
         get_device_numa_node = classmethod(lambda cls, *_, **__: None)
 
-    platforms._current_platform = Elsewhere()
-    platforms.vllm_version_matches_substr = lambda substr: (
-        False
-    )  # a vLLM for CPUs has triton off
+    platforms._current_platform = Elsewhere()  # type: ignore[assignment]
+    # A vLLM for CPUs turns triton off.
+    platforms.vllm_version_matches_substr = lambda substr: False
     pretended = gpu
 
 
 class _TritonDriver:
-    """What kernels' modules ask triton's driver as they are imported."""
+    """Answers what kernels' modules ask triton's driver during their import."""
 
     def __init__(self, capability: tuple[int, int]):
         self._capability = capability
@@ -168,14 +167,14 @@ _QUESTIONS = (
     "cutlass_scaled_mm_supports_fp4",
     "cutlass_group_gemm_supported",
 )
-"""Operators by which vLLM asks its library, while it is imported, what a GPU can do."""
+"""Operators by which vLLM asks its library, during its import, what a GPU can do."""
 
 _kept: list[torch.library.Library] = []
 
 
 def _stand_in_for_libraries() -> None:
-    """Modules and operators that a vLLM for CPUs lacks, and without CUDA's driver any
-    vLLM."""
+    """Adds modules and operators that a vLLM for CPUs lacks, as does any vLLM without
+    CUDA's driver."""
     for name in _LIBRARIES:
         module = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)
@@ -189,7 +188,7 @@ def _stand_in_for_libraries() -> None:
 
 
 class _Operator:
-    """An operator that is looked up while a model is built, and never called."""
+    """An operator that is looked up while a model is built, and is never called."""
 
     def __getattr__(self, overload: str) -> "_Operator":
         if overload.startswith("__"):
@@ -199,8 +198,8 @@ class _Operator:
 
 def answer_while_building() -> None:
     """Lets models be built for `pretended`: they look up operators and make streams.
-    After all imports: modules register operators of their own only where the library
-    has theirs."""
+    Call it after all imports: some modules register operators only if the library has
+    theirs."""
     gpu = _pretended()
     stock = torch._ops._OpNamespace.__getattr__
 
@@ -224,8 +223,9 @@ def answer_while_building() -> None:
         multi_processor_count=128,
         is_integrated=0,
     )
-    torch.cuda.Stream = torch.cuda.Event = SimpleNamespace
-    torch.cuda.current_device = lambda: 0
-    torch.cuda.get_device_properties = lambda *_: properties
-    torch.cuda.get_device_capability = lambda *_: gpu.capability
-    torch.cuda.get_device_name = lambda *_: properties.name
+    cuda: Any = torch.cuda
+    cuda.Stream = cuda.Event = SimpleNamespace
+    cuda.current_device = lambda: 0
+    cuda.get_device_properties = lambda *_: properties
+    cuda.get_device_capability = lambda *_: gpu.capability
+    cuda.get_device_name = lambda *_: properties.name

@@ -5,28 +5,44 @@ Asked when slots are asked for: by then all plugins have been loaded."""
 
 from vllm.logger import init_logger
 
-from vllm.plugins.moe_gpu_prefetch import layers
+from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+from vllm.plugins.moe_gpu_prefetch import registry
 from vllm.plugins.moe_gpu_prefetch.stock import seams, wrapping
 
 logger = init_logger(__name__)
 
 
 def objection() -> str | None:
-    """Why not, in one sentence that names the cause and the way out; None if they
-    can."""
+    """Why slots cannot work here, with the cause and the way out; None if they can."""
     return seams.unsupported_version() or seams.first_broken() or another_plugin()
 
 
+def refuse_where_slots_cannot_work() -> None:
+    """Raises:
+    MoEPrefetchError: vLLM or another plugin is not as the slots need it.
+    """
+    if reason := objection():
+        raise MoEPrefetchError(reason)
+
+
 def another_plugin() -> str | None:
-    """Another plugin stands where the slots would have to be: who."""
-    taken = layers.held_by_another() or wrapping.lost()
-    return taken and layers.replaced(taken)
+    """Why another plugin keeps the slots from working, or None."""
+    if taken := registry.held_by_another():
+        return registry.replaced(taken)
+    if lost := wrapping.lost():
+        return (
+            f"another plugin replaced {lost}, which does not show that it calls expert "
+            "slots (functools.wraps does). Disable one of the two with VLLM_PLUGINS, "
+            "or serve without --moe-gpu-prefetch."
+        )
+    return None
 
 
-def say_what_is_shared() -> None:
-    """One line on other plugins that wrap the same methods. They work together if each
-    calls what it wraps; who looks for a fault should know."""
+def log_shared_methods() -> None:
+    """Logs the other plugins that wrap the same methods, in one line: each works, but a
+    search for a fault should know of them."""
     if shared := wrapping.shared():
         logger.info(
-            "Expert slots share methods with other plugins. %s.", "; ".join(shared)
+            "Other plugins wrap the methods that expert slots wrap. %s.",
+            "; ".join(shared),
         )

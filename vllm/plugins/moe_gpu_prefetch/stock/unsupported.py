@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The flag on a vLLM that expert slots cannot run on: there to be refused with the
-reason. Nothing else is touched, and nothing is relied on that a foreign version might
-have changed."""
+"""The flag on a vLLM that expert slots cannot run on: it is refused with the reason.
+Nothing else is touched. This module uses only what every version of vLLM has."""
 
 import argparse
 import functools
@@ -10,22 +9,22 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-# As in `expert_slots/config.py`, which leans on vLLM and may not be imported here.
+# As in `expert_slots/config.py`, which imports vLLM and so cannot be imported here.
 _FLAGS = ("moe_gpu_prefetch", "moe_gpu_prefetch_config")
 
 logger = logging.getLogger("vllm.plugins.moe_gpu_prefetch")
 
 
 def install(reason: str) -> None:
-    """Refuses the flag, and scripts that ask through `additional_config`; what is
-    served without them is stock vLLM."""
+    """Refuses the flag, and slots that a script asks for in `additional_config`.
+    Without either, vLLM runs as stock."""
     try:
         from vllm.engine.arg_utils import EngineArgs
 
         add_cli_args = EngineArgs.add_cli_args
         create_engine_config = EngineArgs.create_engine_config
     except Exception as error:
-        logger.warning("--moe-gpu-prefetch is not there: %s (%s)", reason, error)
+        logger.warning("--moe-gpu-prefetch is not available: %s (%s)", reason, error)
         return
 
     def refused(value: str) -> Any:
@@ -50,13 +49,13 @@ def install(reason: str) -> None:
 
 
 def with_flags(parser: Any, add: Callable[[], None]) -> Any:
-    """The parser after `add`; where that fails, a line says that the flags are not
-    there."""
+    """Returns the parser after `add`. Where `add` fails, a log line says that the flags
+    are missing."""
     try:
         add()
     except Exception as error:
         logger.warning(
-            "--moe-gpu-prefetch is not there: vLLM's parser refused it (%s)", error
+            "--moe-gpu-prefetch is not available: vLLM's parser rejected it (%s)", error
         )
     return parser
 
@@ -66,5 +65,5 @@ def _add(parser: Any, refused: Callable[[str], Any]) -> None:
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             type=refused,
-            help="Not on this version of vLLM.",
+            help="Not available on this version of vLLM.",
         )

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The methods of vLLM that we wrap: putting the wraps in place, and seeing who else
-has."""
+"""The methods of vLLM that we wrap: puts our wraps in place, and finds the wraps of
+other plugins around them and below them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from inspect import getattr_static
-from operator import is_
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import Any
 
 _NEUTRAL = ("vllm", "torch", "functools", "contextlib", "typing")
@@ -17,8 +15,8 @@ _NEUTRAL = ("vllm", "torch", "functools", "contextlib", "typing")
 
 @dataclass(frozen=True)
 class Wrap:
-    """`function` in the place of `owner.name`, around what was there (its
-    `__wrapped__`)."""
+    """`function` in the place of `owner.name`; it calls what was there, which is its
+    `__wrapped__`."""
 
     owner: type | ModuleType
     name: str
@@ -33,7 +31,7 @@ _installed: list[Wrap] = []
 
 
 def install(*wraps: Wrap) -> None:
-    """Puts all of them in place, static and class methods as what they are."""
+    """Puts all of them in place; a static or class method stays one."""
     for wrap in wraps:
         stock = getattr_static(wrap.owner, wrap.name)
         kind = type(stock) if isinstance(stock, staticmethod | classmethod) else None
@@ -42,76 +40,45 @@ def install(*wraps: Wrap) -> None:
 
 
 def lost() -> str | None:
-    """The first of our wraps that another plugin replaced without calling it, and by
-    what; None if all are in place, be it under wraps of others."""
+    """The first method that another plugin has replaced without showing that it calls
+    our wrap, as `method by function`; None if every wrap of ours is still called.
+
+    A function shows what it calls by `__wrapped__`, which functools.wraps sets.
+    """
     for wrap in _installed:
-        current = getattr_static(wrap.owner, wrap.name)
-        if not _path(current, partial(is_, wrap.function)):
-            return f"{wrap.target} by {_name(_plain(current))}"
+        outermost = getattr_static(wrap.owner, wrap.name)
+        if wrap.function not in _wraps(outermost):
+            return f"{wrap.target} by {_name(_plain(outermost))}"
     return None
 
 
 def shared() -> list[str]:
-    """Which of the methods that we wrap others have wrapped too, each as `method:
-    who`."""
+    """Which of the methods that we wrap other plugins have wrapped too, each as
+    `method: wrap, wrap`."""
     found = []
     for wrap in _installed:
-        stock = getattr(wrap.function, "__wrapped__", None)
-        above = _path(
-            getattr_static(wrap.owner, wrap.name), partial(is_, wrap.function)
-        )
-        below = _path(stock, _is_neutral) or [_plain(stock), None]
-        others = [_name(f) for f in (*above[:-1], *below[:-1]) if not _is_neutral(f)]
+        outermost = getattr_static(wrap.owner, wrap.name)
+        others = [
+            _name(function)
+            for function in _wraps(outermost)
+            if not _is_neutral(function)
+        ]
         if others:
             found.append(f"{wrap.target}: {', '.join(others)}")
     return found
 
 
-def _path(start: Any, is_goal: Callable[[Any], bool]) -> list[Any]:
-    """The calls that lead from one function to another, both included; empty if none
-    are seen."""
-    pending, seen = [[_plain(start)]], set()
-    while pending:
-        path = pending.pop(0)
-        function = path[-1]
-        if not callable(function) or isinstance(function, type) or id(function) in seen:
-            continue
-        if is_goal(function):
-            return path
-        seen.add(id(function))
-        pending += [[*path, _plain(held)] for held in _callees(function)]
-    return []
-
-
-def _callees(function: Any) -> Iterator[Any]:
-    """What a function could call: what it wraps by `functools.wraps`, and, unless it is
-    vLLM's own, what it holds in a closure or a default or names in its module."""
-    yield getattr(function, "__wrapped__", None)
-    if isinstance(function, FunctionType) and not _is_neutral(function):
-        cells = [
-            cell.cell_contents for cell in function.__closure__ or () if _is_set(cell)
-        ]
-        named = [function.__globals__.get(name) for name in function.__code__.co_names]
-        for held in (*cells, *named, *(function.__defaults__ or ())):
-            yield from held.values() if isinstance(held, dict) else [held]
-
-
-def _is_set(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
+def _wraps(function: Any) -> Iterator[Any]:
+    """A method and what it wraps, outermost first."""
+    while function is not None:
+        function = _plain(function)
+        yield function
+        function = getattr(function, "__wrapped__", None)
 
 
 def _plain(function: Any) -> Any:
-    """The function in a static, class or bound method, or in a partial."""
-    while True:
-        if isinstance(function, partial):
-            function = function.func
-        elif hasattr(function, "__func__"):
-            function = function.__func__
-        else:
-            return function
+    """The function in a static, class or bound method."""
+    return getattr(function, "__func__", function)
 
 
 def _module(function: Any) -> str:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What a platform implements so that experts can live in slots, and which platform this
+"""The interface that a platform implements for expert slots, and which platform this
 is."""
 
 from abc import ABC, abstractmethod
@@ -21,7 +21,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import (
     ResidencyTables,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import Memory
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.memory import Memory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
 
 
@@ -30,6 +30,12 @@ class SlotManager(ABC):
 
     No slot is empty at the start, so that the first request does not pay for an empty
     cache.
+
+    Args:
+        config: what was asked for.
+        rows: the layer's.
+        layer_name: names the counters.
+        rank: of this worker, names the counters.
     """
 
     def __init__(
@@ -60,24 +66,26 @@ class SlotManager(ABC):
 
         Args:
             topk_ids: [tokens, top_k] integers, expert ids, or -1 for none.
-            is_padding: [tokens] bool; rows that need nothing, whatever they route.
+            is_padding: [tokens] bool, the tokens that need no expert.
 
         Returns:
-            The ids as row numbers, like `topk_ids`; -1 stays -1, and a row of padding
-                gets
-            rows of whatever they hold. With an expert map (expert
-            parallelism) the map from the model's experts to rows instead, -1 = on
-                another rank.
+            The ids as row numbers, in the shape of `topk_ids`; -1 stays -1. The ids of
+            padding become row numbers too, and what the rows hold is undefined. With an
+            expert map (expert parallelism): the map from the model's experts to rows,
+            -1 = on another rank.
         """
 
     @abstractmethod
     def reset(self, start: Ranking | None = None) -> None:
-        """Back to the start, nothing counted: in the slots are experts 0 ... N-1,
-        without a history, or those of `start`, with the order of it. `start` may be
-        another N's."""
+        """Back to the start, with all counters at zero.
+
+        Args:
+            start: residents and their order, of any number of slots. Not given: experts
+                0 ... N-1 without a history.
+        """
 
     def _first(self, start: Ranking | None) -> tuple[ResidencyTables, ExpertHistory]:
-        """What `reset` begins with, on the host."""
+        """The tables and the history that `reset` begins with, on the host."""
         history = ExpertHistory(
             self.num_experts, self.config.policy, self.config.lfu_half_life
         )
@@ -89,19 +97,19 @@ class SlotManager(ABC):
 
     @abstractmethod
     def residency(self) -> list[int]:
-        """The expert in each slot, [N], after a check of the tables against each other.
+        """The expert in each slot, [N], after a check that the tables agree.
 
         Raises:
-            AssertionError: they do not fit each other.
+            AssertionError: the tables do not agree.
         """
 
     @abstractmethod
     def ranking(self) -> Ranking:
-        """The residents by their worth. May be called on any thread, also within a
-        step: it then sees the tables of some moment of the step.
+        """The residents by their worth. Any thread may call this, also during a step;
+        it then reads the tables as they are at some moment of the step.
 
         Raises:
-            AssertionError: the tables do not fit each other, as within a step.
+            AssertionError: the tables do not agree, as may be during a step.
         """
 
 
@@ -109,28 +117,28 @@ class Backend(ABC):
     """Expert slots on one platform.
 
     Attributes:
-        pins: whether kernels read the host store, so that it must be page-locked.
+        pins: whether kernels read the host store, which must then be page-locked.
     """
 
     pins: bool
 
     @abstractmethod
     def prepare(self, moe_config: Any, quant_config: Any) -> None:
-        """Chooses, before stock builds a layer, the kernel that slots can serve. For
-        quantised experts there is none yet: stock chooses, and `objection` says so."""
+        """Chooses a kernel that slots can serve, before stock builds a layer. If
+        experts are quantised, stock chooses, and `objection` refuses its choice."""
 
     @abstractmethod
     def objection(self, layer: Any) -> str | None:
         """Why a layer that stock has built cannot have slots, or None."""
 
     def processed_width(self, layer: Any) -> int:
-        """The width of an expert once stock has processed its weights, which may pad
-        it."""
+        """The width of an expert after stock has processed its weights, which may pad
+        the width."""
         return int(layer.moe_config.intermediate_size_per_partition)
 
     @abstractmethod
     def slotted(self, experts_cls: type) -> type:
-        """One of stock's experts classes, over slots."""
+        """The class that runs `experts_cls`, one of stock's, on rows."""
 
     @abstractmethod
     def memory(self, device: torch.device) -> Memory:
@@ -144,10 +152,10 @@ class Backend(ABC):
 
 
 def current_backend() -> Backend:
-    """This platform's.
+    """The backend of this platform.
 
     Raises:
-        MoEPrefetchError: it has none.
+        MoEPrefetchError: the platform has none.
     """
     if current_platform.is_cuda():
         from vllm.model_executor.layers.fused_moe.expert_slots.cuda.backend import (

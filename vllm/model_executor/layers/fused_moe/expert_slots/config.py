@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What the user asked for: one validated object, carried by
+"""The user's request: one validated object, carried by
 `VllmConfig.additional_config`."""
 
 import os
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 from vllm.config.utils import config
@@ -15,13 +15,23 @@ from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.sizes import size_in_bytes
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
 SLOTS_KEY = "moe_gpu_prefetch"
 OPTIONS_KEY = "moe_gpu_prefetch_config"
 
 
 class MoEPrefetchError(ValueError):
-    """The request cannot be served; the message says what was asked, why not, and the
-    way out."""
+    """The request cannot be served. The message says what was asked, why it cannot be
+    served, and the way out."""
+
+
+def clamp(slots: int, top_k: int, num_experts: int) -> int:
+    """The slots of a layer that was asked to have `slots`: at least the router's top-k,
+    at most one for every expert."""
+    return min(num_experts, max(slots, top_k))
 
 
 def _usable_as_path(text: str) -> str:
@@ -81,21 +91,20 @@ class MoEPrefetchConfig:
     N-1."""
 
     @classmethod
-    def from_additional_config(
-        cls, additional_config: Any
-    ) -> "MoEPrefetchConfig | None":
-        """Reads the request out of `VllmConfig.additional_config`.
+    def of(cls, carrier: "EngineArgs | VllmConfig") -> "MoEPrefetchConfig | None":
+        """The request in `carrier.additional_config`: the only place that reads it.
 
         Returns:
-            The validated configuration, or None where expert slots were not asked for.
+            The validated request, or None if expert slots were not asked for.
 
         Raises:
             MoEPrefetchError: a value is out of range, of the wrong type, or unknown.
         """
-        if not isinstance(additional_config, dict):
+        additional = carrier.additional_config
+        if not isinstance(additional, dict):
             return None
-        slots = additional_config.get(SLOTS_KEY)
-        options = additional_config.get(OPTIONS_KEY)
+        slots = additional.get(SLOTS_KEY)
+        options = additional.get(OPTIONS_KEY)
         if slots is None:
             if options is not None and options != {}:
                 raise MoEPrefetchError(
@@ -113,8 +122,11 @@ class MoEPrefetchConfig:
 
     @classmethod
     def validated(cls, slots: Any, options: Any) -> "MoEPrefetchConfig":
-        """Builds the configuration from a slot count and an options mapping, both
-        untrusted."""
+        """Builds the request from a slot count and options, both unchecked.
+
+        Raises:
+            MoEPrefetchError: a value is out of range, of the wrong type, or unknown.
+        """
         number = isinstance(slots, int) and not isinstance(slots, bool) and slots >= 1
         size = (
             isinstance(slots, str) and slots[:1].isdecimal() and not slots.isdecimal()

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What a layer's slots did, as running totals that other processes can read.
+"""Running totals of what a layer's slots did, which other processes can read.
 
-Each layer and rank owns one small file of int64 totals in a directory that the
-front-end process names in the environment; the worker maps it, so that counting costs
-no more than an addition and a reader sees the totals as they are, without asking the
-engine.
+Each layer and rank has one small file of int64 totals, in a directory that the
+front-end process names in the environment. The worker maps the file. So counting costs
+an addition, and a reader sees the current totals without asking the engine.
 """
 
 import atexit
@@ -35,8 +34,8 @@ logger = init_logger(__name__)
 
 DIRECTORY_VARIABLE = "MOE_GPU_PREFETCH_COUNTERS"
 _COPIED_BY_RAY = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
-"""Stock's list, separated by commas, of further variables that Ray's processes are
-given."""
+"""The variable in which vLLM lists, separated by commas, further variables to copy to
+Ray's processes."""
 
 TOTALS = {
     "steps": "Steps of the layer that needed an expert",
@@ -50,11 +49,16 @@ TOTALS = {
     "overflow_steps": "Steps that needed more experts than there are slots",
     "bytes_loaded": "Bytes loaded host-to-device",
 }
+"""The totals, with their meaning, in the order of a file. Nothing else states the
+order: kernels and readers find a total by its name."""
+
 SIZES = {
     "slots": "Expert slots of the layer",
     "slot_bytes": "Bytes of the layer's slots",
     "store_bytes": "Bytes of the layer's host store",
 }
+"""Constants of the layer, behind the totals in its file."""
+
 _FIELDS = [*TOTALS, *SIZES]
 _NUM_BYTES = len(_FIELDS) * 8
 
@@ -63,10 +67,13 @@ _PREFIX, _LOCK = "vllm-expert-slots-", "lock"
 
 def open_counters_directory() -> Path:
     """Makes the directory of one engine's counter files and names it in the
-    environment, which the engine's processes inherit. It is removed when this process
-    ends; if this process is killed, when the next one makes its own."""
-    # Shared memory where there is any: a GPU can only map files that have no disk
-    # behind them.
+    environment, which the engine's processes inherit.
+
+    It is removed when this process ends. If this process is killed, the next one
+    removes it.
+    """
+    # Shared memory if there is any: a GPU can map only files without a disk behind
+    # them.
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
     _remove_abandoned(Path(place))
     directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
@@ -77,8 +84,8 @@ def open_counters_directory() -> Path:
 
 
 def give_directory_to_ray() -> None:
-    """Has stock copy the directory's variable to the processes that Ray starts. Stock
-    copies those with its own prefixes, and those that this list names."""
+    """Makes vLLM copy the directory's variable to the processes that Ray starts. vLLM
+    copies variables with its own prefixes, and those that its list names."""
     names = [
         name for name in os.environ.get(_COPIED_BY_RAY, "").split(",") if name.strip()
     ]
@@ -88,8 +95,9 @@ def give_directory_to_ray() -> None:
 
 def _hold(directory: Path) -> None:
     """Locks `directory` until this process and all that it forked have ended."""
-    # Never closed: the lock is this process's life. Under its name only once it is
-    # held, or another start would take the directory for an abandoned one.
+    # The descriptor stays open, so the lock lasts as long as this process. The file
+    # gets its name once the lock is held; before, another start would take the
+    # directory for an abandoned one.
     unlocked = directory / "unlocked"
     fcntl.flock(os.open(unlocked, os.O_RDWR | os.O_CREAT, 0o600), fcntl.LOCK_EX)
     unlocked.rename(directory / _LOCK)
@@ -107,14 +115,15 @@ def _remove_abandoned(place: Path) -> None:
 
 
 class SlotCounters:
-    """Totals of one layer and rank since loading. `hits + misses == needed`; every miss
-    is one load, into a staging row or, as no slot is ever empty, in the place of
-    another expert; bytes are those of the loads.
+    """Totals of one layer and rank since loading.
+
+    `hits + misses == needed`. Every miss is one load, into a staging row or into a slot
+    in the place of another expert, because no slot is ever empty.
 
     Attributes:
-        tensor: the totals, [10] int64 in host memory in the order of `TOTALS`, at the
-            start of pages of its own: a memory can pin it, so that kernels count where
-            readers look.
+        tensor: the totals, [len(TOTALS)] int64 in host memory, in the order of
+            `TOTALS`. It lies at the start of pages of its own, so a memory can pin it
+            and kernels count where readers look.
     """
 
     def __init__(
@@ -130,8 +139,7 @@ class SlotCounters:
         if directory and Path(directory).is_dir():
             pages = _new_file(Path(directory) / f"{rank}@{layer_name}")
         else:
-            # Ray may have started this process on a host that does not have the
-            # directory.
+            # Ray may have started this process on another host, without the directory.
             if directory:
                 logger.warning_once(
                     "The expert-slot counters of rank %d are not on /metrics: the "
@@ -155,6 +163,7 @@ class SlotCounters:
         )
 
     def add(self, plan: "StepPlan") -> None:
+        """Counts one step."""
         misses, staged = plan.misses, plan.staged
         amounts = {
             "steps": plan.needed > 0,
@@ -171,13 +180,17 @@ class SlotCounters:
         self._totals += [amounts[name] for name in TOTALS]
 
     def add_hits(self, needed: int) -> None:
-        """A step that found all that it needed."""
+        """Counts one step that missed nothing.
+
+        Args:
+            needed: distinct experts that it needed.
+        """
         for index in self._of_hits:
             self._totals[index] += needed
         self._totals[self._steps] += 1
 
     def clear(self) -> None:
-        """Nothing was counted."""
+        """Sets the totals to zero."""
         self._totals.fill(0)
 
     def __getattr__(self, name: str) -> int:
@@ -187,6 +200,7 @@ class SlotCounters:
             raise AttributeError(name) from None
 
     def as_dict(self) -> dict[str, int]:
+        """Totals and sizes by name."""
         return dict(zip(_FIELDS, self._values.tolist(), strict=True))
 
 
@@ -209,8 +223,8 @@ class LayerReading:
 
 
 def read_counters(directory: Path) -> list[LayerReading]:
-    """Reads every layer's file in `directory`; files of another length are not ours and
-    skipped."""
+    """Reads every layer's file in `directory`. Skips files with another length or
+    name."""
     readings = []
     for path in sorted(directory.iterdir()):
         rank, at, layer = path.name.partition("@")

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The layer seam: a `RoutedExperts` whose parameters are rows over experts in host
-memory."""
+"""The seam to vLLM's layer: a `RoutedExperts` whose parameters are rows, with its
+experts in host memory."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +18,12 @@ from vllm.model_executor.layers.fused_moe.expert_slots.backend import (
     current_backend,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
-    MoEPrefetchConfig,
     MoEPrefetchError,
+    clamp,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.model_load import (
+    ModelLoad,
+    current_load,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.refusals.layers import (
     cannot_serve,
@@ -34,17 +35,14 @@ from vllm.model_executor.layers.fused_moe.expert_slots.refusals.layers import (
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.store import (
     SharedStore,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.store import (
-    current as shared_store,
-)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.coverage import (
     LoadCoverage,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import Memory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
     host_tensor,
     pages_of,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.memory import Memory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import (
     ExpertStore,
@@ -64,44 +62,26 @@ else:
     _Layer = _Runner = object
 
 
-_loading_draft: ContextVar[bool] = ContextVar("_loading_draft", default=False)
-
-
-@contextmanager
-def building(draft: bool) -> Iterator[None]:
-    """Within, the layers that are built belong to a draft model, or to the model
-    itself."""
-    token = _loading_draft.set(draft)
-    try:
-        yield
-    finally:
-        _loading_draft.reset(token)
-
-
 def slotted_layers(layers: Any) -> list[Any]:
-    """Those of `layers` (modules of vLLM's static forward context, or a model's) with
-    slots."""
+    """The layers with slots among `layers`, modules of vLLM's static forward context or
+    of a model."""
     experts = [getattr(layer, "routed_experts", layer) for layer in layers]
-    slotted = [layer for layer in experts if getattr(layer, "slots", None) is not None]
+    slotted = [
+        layer for layer in experts if getattr(layer, "slot_manager", None) is not None
+    ]
     return list(dict.fromkeys(slotted))
 
 
-def _slots_for(moe_config: FusedMoEConfig) -> tuple[MoEPrefetchConfig, int] | None:
-    """What was asked for, and the slots of a layer that is about to be built; None if
-    it is to be stock's.
+def _slots_for(load: ModelLoad, moe_config: FusedMoEConfig) -> int | None:
+    """The slots of a layer that is about to be built; None if it is to be stock's.
 
     Raises:
         MoEPrefetchError: the number was not settled.
     """
-    config = MoEPrefetchConfig.from_additional_config(
-        get_current_vllm_config().additional_config
-    )
-    if config is None:
-        return None
-    asked = config.slots_of(draft=_loading_draft.get())
-    if asked == "auto":
+    asked = load.config.slots_of(load.draft)
+    if not isinstance(asked, int):
         raise MoEPrefetchError(
-            "--moe-gpu-prefetch auto was not settled: this engine's configuration "
+            f"--moe-gpu-prefetch {asked} was not settled: this engine's configuration "
             "was not made by EngineArgs, or only its draft has MoE layers. Give a "
             "number."
         )
@@ -109,9 +89,9 @@ def _slots_for(moe_config: FusedMoEConfig) -> tuple[MoEPrefetchConfig, int] | No
         raise MoEPrefetchError(
             f"--moe-gpu-prefetch {asked} cannot serve this model: {reason}."
         )
-    top_k, experts = moe_config.experts_per_token, moe_config.num_local_experts
-    slots = max(asked, top_k)
-    if slots >= experts:
+    experts = moe_config.num_local_experts
+    slots = clamp(asked, moe_config.experts_per_token, experts)
+    if slots == experts:
         logger.info_once(
             "--moe-gpu-prefetch %d covers all %d experts of a layer: full residency, "
             "nothing is offloaded.",
@@ -126,50 +106,51 @@ def _slots_for(moe_config: FusedMoEConfig) -> tuple[MoEPrefetchConfig, int] | No
             asked,
             slots,
         )
-    return config, slots
+    return slots
 
 
 class ExpertSlotsMixin(_Layer):
     """Turns a `RoutedExperts`, stock's or a model's own, into rows over a host store.
 
-    Whether a layer gets slots is decided before stock builds it. One that does not is
-    stock's and nothing else. One that does is created, loaded and processed in host
+    Whether a layer gets slots is decided before stock builds it. A layer without slots
+    is stock's, unchanged. A layer with slots is created, loaded and processed in host
     memory, so that its experts are never all on the device. Then
-    (`_process_then_make_slots`) the experts stay there as the store, and the parameters
-    become rows.
+    (`_process_then_make_slots`) its experts stay in host memory as the store, and the
+    parameters become rows.
 
     Attributes:
-        slots: the layer's manager, None until its weights have been processed.
+        slot_manager: the layer's manager, None until its weights have been processed.
         slots_config: what was asked for.
-        num_slots: slots of this layer, at least its top-k; None where it has none.
-        load_coverage: what the checkpoint brought, None where the layer has no slots.
-        shared_store: the store that is being built or attached, while loading.
+        num_slots: N, at least the layer's top-k; None if the layer has no slots.
+        load_coverage: what the checkpoint brought; None if the layer has no slots.
+        shared_store: while loading, the store that is built or attached.
     """
 
-    slots: SlotManager | None = None
+    slot_manager: SlotManager | None = None
     num_slots: int | None = None
     load_coverage: LoadCoverage | None = None
     shared_store: SharedStore | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         moe_config, quant_config = configs_among(*args, *kwargs.values())
-        wanted = _slots_for(moe_config)
-        if wanted is None:
+        load = current_load()
+        slots = _slots_for(load, moe_config) if load is not None else None
+        if load is None or slots is None:
             super().__init__(*args, **kwargs)
             return
         backend = current_backend()
         backend.prepare(moe_config, quant_config)
         with torch.device("cpu"):
             super().__init__(*args, **kwargs)
-        self.slots_config, self.num_slots = wanted
+        self.slots_config, self.num_slots = load.config, slots
+        self.shared_store = load.store
         self._adopt(backend)
 
     def _adopt(self, backend: Backend) -> None:
-        """Arms a layer that stock code has just constructed; its weights are still
-        empty.
+        """Prepares a layer that stock's code has just built, with empty weights.
 
         Raises:
-            MoEPrefetchError: this layer cannot be slotted.
+            MoEPrefetchError: this layer cannot have slots.
         """
         if reason := layer_objection(self, backend):
             raise cannot_serve(self.layer_name, self, reason)
@@ -177,36 +158,37 @@ class ExpertSlotsMixin(_Layer):
         self.load_coverage = LoadCoverage(
             self, get_current_vllm_config().load_config.load_format
         )
-        self.shared_store = shared_store()
-        self.quant_method.experts_cls = backend.slotted(self.quant_method.experts_cls)
+        method: Any = self.quant_method
+        method.experts_cls = backend.slotted(method.experts_cls)
         self._process_weights = self.quant_method.process_weights_after_loading
-        self.quant_method.process_weights_after_loading = self._process_then_make_slots
+        method.process_weights_after_loading = self._process_then_make_slots
         self.quant_method.requires_device_loading = False
         self._memory = self._workers_memory()
         for parameter in self.parameters(recurse=False):
-            # What stock created here is empty yet. What it created elsewhere is the
-            # router's.
+            # Stock's parameters in host memory are empty yet. Those on the device are
+            # the router's.
             if backend.pins and parameter.device.type == "cpu":
                 parameter.data = host_tensor(parameter.shape, parameter.dtype)
             if (
                 getattr(getattr(parameter, "weight_loader", None), "__self__", None)
                 is self
             ):
-                parameter.weight_loader = self.weight_loader
+                loaded: Any = parameter
+                loaded.weight_loader = self.weight_loader
 
     @property
     def routed(self) -> float:
-        """Experts of this rank that a token is expected to need: its share of the
-        top-k."""
+        """How many of this rank's experts a token is expected to need: the rank's share
+        of the top-k."""
         return self.top_k * self.local_num_experts / self.global_num_experts
 
     @property
     def awaits_slots(self) -> bool:
-        """Whether the layer was armed and its weights have not been processed since."""
-        return self.load_coverage is not None and self.slots is None
+        """Whether the layer will have slots once its weights have been processed."""
+        return self.load_coverage is not None and self.slot_manager is None
 
     def weight_loader(self, param: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.slots is not None:
+        if self.slot_manager is not None:
             raise MoEPrefetchError(
                 f"{self.layer_name}: weights cannot be reloaded into expert slots; "
                 "restart the engine to serve other weights."
@@ -218,7 +200,7 @@ class ExpertSlotsMixin(_Layer):
         return super().weight_loader(param, *args, **kwargs)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self.slots is not None:
+        if self.slot_manager is not None:
             raise MoEPrefetchError(
                 f"{self.layer_name} holds {self.num_slots} of "
                 f"{self.local_num_experts} experts, so its parameters are not the "
@@ -231,8 +213,8 @@ class ExpertSlotsMixin(_Layer):
         parameters = per_expert_parameters(layer, self.local_num_experts)
         attached = self.shared_store is not None and self.shared_store.ready
         if attached:
-            # The store holds processed experts; stock's processing, on one, builds the
-            # kernel.
+            # The store holds processed experts. Stock's processing of one expert builds
+            # the kernel.
             for parameter in parameters.values():
                 parameter.data = parameter.data[:1].clone()
         self._process_weights(layer)
@@ -253,16 +235,18 @@ class ExpertSlotsMixin(_Layer):
         manager = self._backend.manager(
             self.slots_config, rows, self, get_world_group().rank
         )
-        self.quant_method.moe_kernel.fused_experts.slots = manager
-        self.slots = manager
+        method: Any = self.quant_method
+        method.moe_kernel.fused_experts.slot_manager = manager
+        self.slot_manager = manager
         self.shared_store = None
 
     def _workers_memory(self) -> Memory:
-        """The memory of this worker's rows: that of its first layer, drafts included,
-        or new.
+        """The memory of this worker's rows, which all its layers share, drafts
+        included. The first layer makes it.
 
         Raises:
-            MoEPrefetchError: the device has none of this kind. No weight was read yet.
+            MoEPrefetchError: the device has no such memory. No weight has been read
+                yet.
         """
         static = get_current_vllm_config().compilation_config.static_forward_context
         for module in static.values():
@@ -272,8 +256,8 @@ class ExpertSlotsMixin(_Layer):
         return self._backend.memory(torch.device(self.moe_config.device))
 
     def _home(self, processed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The experts in the memory where they stay: the shared store, or this
-        process's own."""
+        """The experts in the memory where they stay: that of the shared store, or of
+        this process."""
         if self.shared_store is None:
             pins = self._backend.pins
             return {name: _own_pages(t) if pins else t for name, t in processed.items()}
@@ -295,7 +279,7 @@ class ExpertSlotsMixin(_Layer):
 
 
 def _own_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, or a copy of it if it shares pages with others."""
+    """`tensor`, or a copy of it if it shares pages with other memory."""
     pages = pages_of(tensor)
     if pages is not None and tensor.is_contiguous() and pages.size == tensor.nbytes:
         return tensor
@@ -303,9 +287,9 @@ def _own_pages(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class CheckedMoERunner(_Runner):
-    """Refuses slots where a runner of the model's own computes: it may read the
-    experts' weights by its own ids, and rows are not ids. Stock's runner and the
-    transformers backend's do not."""
+    """Refuses slots if a model has a runner of its own: the runner may read the
+    experts' weights by expert ids, and rows are not ids. Stock's runner and that of the
+    transformers backend do not."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -315,7 +299,8 @@ class CheckedMoERunner(_Runner):
 
 
 def slotted_class(stock: type) -> type:
-    """A `RoutedExperts` class, or a `MoERunner` class, with ours mixed in."""
+    """A subclass of `stock`, a `RoutedExperts` or `MoERunner` class, with our mixin."""
+    mixin: type
     if issubclass(stock, RoutedExperts):
         name, mixin = f"Slotted{stock.__name__}", ExpertSlotsMixin
     else:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""A name of vLLM's that stands for something of ours for a time."""
+"""Replaces an attribute of vLLM's for the time of a context."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

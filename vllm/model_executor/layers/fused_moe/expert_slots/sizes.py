@@ -10,7 +10,7 @@ GIB = 1 << 30
 
 
 def gib(num_bytes: int) -> str:
-    """For messages: GiB, or MiB where that would read as nothing."""
+    """A size for messages: in GiB, or in MiB if it is less than a tenth of a GiB."""
     if num_bytes < GIB // 10:
         return f"{num_bytes / (1 << 20):,.1f} MiB"
     return f"{num_bytes / GIB:,.2f} GiB"
@@ -20,7 +20,7 @@ def size_in_bytes(text: str) -> int:
     """The bytes of `12GiB`, `12 GB` or `500MiB`.
 
     Raises:
-        ValueError: it is no size, it is zero, or its unit is missing.
+        ValueError: the text is not a size, its unit is missing, or it is zero.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.ASCII | re.I)
     number, unit = match.groups() if match else ("", "")
@@ -31,5 +31,5 @@ def size_in_bytes(text: str) -> int:
     if not unit:
         raise ValueError(f"{text!r} has no unit: say {number}GiB, or GB or MiB")
     if size == 0:
-        raise ValueError(f"{text!r} is no memory at all")
+        raise ValueError(f"{text!r} is zero bytes")
     return size

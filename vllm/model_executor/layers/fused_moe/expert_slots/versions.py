@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""All that differs between the supported versions of vLLM, and nothing else. The tests
-follow each branch of `if VLLM_0_33` into the sources of the version that it is for."""
+"""All that differs between the supported versions of vLLM, and nothing else. Each
+branch of `if VLLM_0_33` is checked against the sources of its version."""
 
 from typing import Any
 
@@ -14,22 +14,22 @@ VLLM_0_33 = Version(vllm.__version__) >= Version("0.33.0.dev0")
 
 
 def moe_op_tags() -> tuple[torch.Tag, ...]:
-    """The tag that vLLM's own opaque MoE op has: Inductor lays out inputs by it."""
+    """The tag of vLLM's own opaque MoE op. Inductor lays out the inputs by it."""
     if VLLM_0_33:
         return (torch.Tag.needs_exact_strides,)
     return (torch.Tag.needs_fixed_stride_order,)
 
 
 def keep_routing_apart(moe_config: Any) -> None:
-    """Rules out kernels that route by themselves; 0.32 can only name a backend that
-    does not."""
+    """Rules out kernels that route by themselves. On 0.32 this does nothing: there, the
+    caller names a backend that does not."""
     if VLLM_0_33:
         moe_config.require_decomposed_backend = True
 
 
 def kv_cache_bytes(vllm_config: Any, specs: dict[str, Any]) -> tuple[int, int]:
-    """KV cache of one sequence of `max_model_len`, and of one block, as vLLM's own
-    check at start-up counts them. 0.33 lets the platform and the model group the
+    """Bytes of KV cache of one sequence of `max_model_len`, and of one block, as vLLM's
+    own check at start-up counts them. On 0.33 the platform and the model group the
     layers."""
     if VLLM_0_33:
         from vllm.v1.core.kv_cache_config_builder import get_kv_cache_config_builder

@@ -4,10 +4,10 @@
 next one begins.
 
 A worker keeps one small file for all its layers, in the directory that the user named.
-The file is written at the end of the worker and every five minutes before that, so that
-a killed one leaves something too. What is read decides only which experts are copied
-into slots before the first request. A wrong file costs speed and cannot change an
-answer; so one that is damaged, of another model or of another user is ignored with one
+It writes the file when it is idle, every five minutes under load, and at its end, so a
+killed worker leaves a file too. The file only decides which experts are copied into
+slots before the first request. A wrong file costs speed and cannot change an answer. So
+a file that is damaged, or that belongs to another model or user, is ignored with one
 line.
 """
 
@@ -34,12 +34,12 @@ from vllm.logger import init_logger
 
 from vllm.model_executor.layers.fused_moe.expert_slots.backend import SlotManager
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import Ranking
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.format import key_of
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.identity import (
     checkpoint_directory,
     store_identity,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.store import (
-    key_of,
+from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.trust import (
     open_own,
 )
 
@@ -49,26 +49,26 @@ WARM_START = "warm_start"
 """The option of `MoEPrefetchConfig`."""
 
 INTERVAL_S, IDLE_S = 300.0, 5.0
-"""Seconds between two writes of a worker under load, and after which one without load
+"""Seconds between two writes under load; seconds without a step after which the worker
 writes."""
 
 _PATIENCE_S = 10.0
-"""Seconds that the end waits for a write that has begun: the disk or the GPU may
-hang."""
+"""Seconds that the worker's end waits for a write that has begun. The disk or the GPU
+may hang."""
 
 MAX_BYTES = 1 << 24
-"""A hundred layers of 512 experts are 1.5 MB; what is larger is not read."""
+"""Size from which a file is not read. A hundred layers of 512 experts take 1.5 MB."""
 
 _IDENTITY = (
     *("model", "weights", "configuration", "rank"),
     *("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel"),
 )
-"""What says which expert is which, out of `store_identity`. The number of slots and the
-policy do not: residents of another N and policy are of use too."""
+"""The parts of `store_identity` that say which expert is which. The number of slots and
+the policy are not among them: residents of another N and policy are of use too."""
 
 
 def residents_identity(vllm_config: VllmConfig, rank: int) -> dict[str, Any]:
-    """Of which models and which rank's experts residents are, as JSON."""
+    """The models and the rank that residents belong to, as JSON."""
     speculation = vllm_config.speculative_config
     draft = speculation.draft_model_config if speculation is not None else None
     models = [_identity(vllm_config, vllm_config.model_config, rank)]
@@ -84,9 +84,7 @@ def _identity(
     vllm_config: VllmConfig, model_config: ModelConfig, rank: int
 ) -> dict[str, Any]:
     directory = checkpoint_directory(vllm_config, model_config)
-    if (
-        directory is None
-    ):  # a draft's: the model's own directory was asked for before loading
+    if directory is None:  # of a draft; the model's own files were found before loading
         return {"model": model_config.model, "rank": rank}
     identity = store_identity(vllm_config, model_config, directory, rank)
     return {name: identity[name] for name in _IDENTITY}
@@ -113,7 +111,7 @@ class _Layer(_Strict):
                 f"{len(self.experts)} experts and {len(self.counts)} counts"
             )
         if len(set(self.experts)) != len(self.experts):
-            raise ValueError("an expert is there twice")
+            raise ValueError("an expert is listed twice")
         if self.experts and max(self.experts) >= self.num_experts:
             raise ValueError(f"expert {max(self.experts)} of {self.num_experts}")
         return self
@@ -127,12 +125,12 @@ class _Content(_Strict):
 
 
 class ResidentsFile:
-    """Where the residents of one identity are kept, in a directory that `make_place`
-    has checked.
+    """The file with the residents of one identity, in a directory that `make_place` has
+    checked.
 
     Attributes:
-        path: the file; its name follows from the identity, so that models and ranks can
-            share the directory.
+        path: its name follows from the identity, so models and ranks can share the
+            directory.
     """
 
     def __init__(self, place: Path, identity: dict[str, Any]):
@@ -140,8 +138,12 @@ class ResidentsFile:
         self.path = place / f"residents-{key_of(identity)}.json"
 
     def read(self, managers: Mapping[str, SlotManager]) -> dict[str, Ranking]:
-        """What the layers of `managers`, by name, are to start with. Logs one line:
-        what was found, or why nothing is used."""
+        """The residents to start with, by layer name. Logs one line: what was found, or
+        why the file is ignored.
+
+        Args:
+            managers: of the worker's layers, by layer name.
+        """
         try:
             content = self._content()
             if content.identity != self._identity:
@@ -159,7 +161,8 @@ class ResidentsFile:
                     )
         except FileNotFoundError:
             logger.info(
-                "Warm start: %s is not there yet; slots start as without it.", self.path
+                "Warm start: %s does not exist yet. Slots start as without it.",
+                self.path,
             )
             return {}
         except (_Unusable, OSError) as reason:
@@ -182,9 +185,8 @@ class ResidentsFile:
         }
 
     def _content(self) -> _Content:
-        opened = open_own(
-            self.path, os.O_RDONLY | os.O_NONBLOCK
-        )  # a pipe would wait for a writer
+        # Opening a pipe would block without O_NONBLOCK.
+        opened = open_own(self.path, os.O_RDONLY | os.O_NONBLOCK)
         if isinstance(opened, str):
             raise _Unusable(f"it {opened}")
         with open(opened, "rb") as file:
@@ -201,8 +203,8 @@ class ResidentsFile:
     def write(
         self, rankings: Mapping[str, Ranking], managers: Mapping[str, SlotManager]
     ) -> None:
-        """Replaces the file at once, so that a reader sees the old one or the new one,
-        whole.
+        """Replaces the file atomically: a reader sees the whole old file or the whole
+        new one.
 
         Raises:
             OSError: the directory cannot be written.
@@ -237,19 +239,18 @@ class _Unusable(Exception):
 
 class ResidentsKeeper:
     """Writes the residents of a worker's layers to their file: every `INTERVAL_S` under
-    load, once no step was made for `IDLE_S`, and at the end.
+    load, after `IDLE_S` without a step, and at the worker's end.
 
-    The end may not come in order: `vllm serve` kills its engine at SIGTERM, unless
-    `--shutdown-timeout` gives it time. A server that was idle before has written by
-    then.
+    `vllm serve` kills its workers at SIGTERM, unless `--shutdown-timeout` gives them
+    time to end. A worker that was idle before has written by then.
 
-    A thread keeps the intervals, because a worker calls nothing when it is idle: under
-    load it goes from step to step, without load it waits for a message. The thread adds
-    nothing to a step. It copies each layer's tables as they are, on a GPU over a stream
-    of its own, without waiting for the engine's. If a step changed the tables meanwhile
-    and they do not fit each other, the last good reading of that layer is kept. The
-    thread starts after warm-up, so that it does not copy while a CUDA graph is
-    captured. Sleep mode, which would unmap the tables, is refused with slots.
+    A thread keeps the intervals, because an idle worker waits for a message and calls
+    nothing. The thread adds nothing to a step. It copies each layer's tables as they
+    are; on a GPU it uses a stream of its own and does not wait for the engine's. If a
+    step changed the tables meanwhile, so that they contradict each other, the last good
+    reading of that layer is kept. The thread starts after warm-up, so it does not copy
+    while a CUDA graph is captured. Sleep mode would unmap the tables and is refused
+    with slots.
     """
 
     def __init__(self, file: ResidentsFile, managers: Mapping[str, SlotManager]):
@@ -274,8 +275,8 @@ class ResidentsKeeper:
         return sum(manager.counters.steps for manager in self._managers.values())
 
     def write(self) -> None:
-        """Writes what is resident, unless no layer made a step since it was written or
-        filled."""
+        """Writes what is resident, unless no layer made a step since the last write or
+        the start."""
         steps = self._count()
         if steps == self._steps:
             return
@@ -285,19 +286,18 @@ class ResidentsKeeper:
                     self._rankings[name] = manager.ranking()
             self._file.write(self._rankings, self._managers)
         except Exception as error:
-            # Whatever it is, a lost GPU included: the worker goes on, or ends as it
-            # would.
+            # Whatever failed, a lost GPU included, the worker goes on, or ends as it
+            # would without this.
             logger.warning("Warm start: %s was not written: %s", self._file.path, error)
             return
         self._steps = steps
         logger.debug("Warm start: %s was written.", self._file.path)
 
     def close(self) -> None:
-        """Writes for the last time. Does nothing more when it is called again."""
+        """Writes for the last time. A second call changes nothing."""
         self._closed.set()
-        if (
-            self._thread is not threading.current_thread()
-        ):  # that may collect a dropped engine
+        # The thread itself gets here if it garbage-collects a dropped engine.
+        if self._thread is not threading.current_thread():
             self._thread.join(_PATIENCE_S)
             if self._thread.is_alive():
                 return

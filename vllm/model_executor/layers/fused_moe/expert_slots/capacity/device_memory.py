@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Whether a GPU really holds what it was given: its free memory, read before and after
+"""Whether a GPU really holds what was loaded: compares its free memory before and after
 loading."""
 
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from vllm.model_executor.layers.fused_moe.expert_slots.sizes import gib
 
 _ALLOWANCE = 512 << 20
-"""Bytes, with a twentieth of what was loaded, that loading may take without being
-counted: code of kernels and workspaces of libraries, which the driver loads when they
+"""Bytes that loading may take without being counted, beside a twentieth of what was
+loaded: code of kernels and workspaces of libraries, which the driver loads when they
 are first used."""
 
 
@@ -18,10 +18,9 @@ class DeviceUse:
     """Bytes of one GPU at one moment.
 
     Attributes:
-        total: all that the driver reports (`cudaMemGetInfo`).
-        free: those that no process holds.
-        held: those that this process has from the driver for tensors, cached ones
-            included.
+        total: as the driver reports it (`cudaMemGetInfo`).
+        free: held by no process.
+        held: allocated by this process for tensors, cached memory included.
     """
 
     total: int
@@ -30,13 +29,13 @@ class DeviceUse:
 
 
 def shortfall(before: DeviceUse, after: DeviceUse) -> str | None:
-    """What is wrong with a GPU's memory after loading, or None: less is free than what
-    was taken explains, or the GPU cannot hold all that it was given.
+    """Says what is wrong with a GPU's memory after loading; None if nothing is.
 
-    The second is the driver's doing: on Windows and WSL2 it may move memory to the host
-    instead of refusing it, and says nothing. It shows in memory that is held and free
-    at once beyond the GPU's total, or in more taken than was free, with next to nothing
-    left. Not yet seen on such a driver.
+    Either less is free than loading explains, or the GPU cannot hold all that was
+    allocated. The second happens on Windows and WSL2, where the driver may move memory
+    to the host without an error. Then held and free memory together exceed the GPU's
+    total, or more was allocated than was free and next to nothing is left. This has not
+    been seen on such a driver yet.
     """
     taken = after.held - before.held
     expected = before.free - taken

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""How much host memory this process may still take, container limits included, and
+"""How much host memory this process can still take, container limits included, and
 whether it can be pinned."""
 
 import time
@@ -18,12 +18,13 @@ logger = init_logger(__name__)
 
 _POLL_S, _PATIENCE_S = 0.5, 10.0
 _QUIET_POLLS = 3
-"""Polls in a row without growth that end the waiting: unpinning comes before
-freeing."""
+"""Polls in a row without growth that end the waiting. A process that ends unpins its
+memory before it frees it, so one poll without growth says nothing."""
 
 _GROWTH = 64 << 20
-"""Bytes by which available memory grows between two polls while a large process ends;
-less is the coming and going of others."""
+"""Bytes by which available memory grows between two polls while a large process ends.
+Smaller changes come from other processes."""
+
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _CGROUP_FILES = (
     ("", "memory.max", "memory.current", "inactive_file"),
@@ -35,16 +36,16 @@ v1."""
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes of host memory: all there is for this process, and what is still to be
-    had."""
+    """Bytes of host memory: what this process may use in all, and what is available
+    now."""
 
     total: int
     available: int
 
     def reserve(self, gib: float | None = None) -> int:
-        """Bytes that a host store must leave: `gib`, or the larger of 8 GiB and a
-        tenth. Pinned memory cannot be reclaimed, and a machine without any to reclaim
-        stands still."""
+        """Bytes that a host store must leave available: `gib` GiB, or the larger of 8
+        GiB and a tenth of the total. Pinned memory cannot be reclaimed, and a machine
+        with nothing to reclaim hangs."""
         return int(gib * GIB) if gib is not None else max(8 * GIB, self.total // 10)
 
 
@@ -74,12 +75,12 @@ def available_after_waiting(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], object] = time.sleep,
 ) -> HostMemory:
-    """Host memory, read again while less than `needed` bytes are available and more
-    come back: a server with much pinned memory gives it back for seconds after it has
+    """Host memory, read again while less than `needed` bytes are available and the
+    number grows. A server with much pinned memory frees it for seconds after it has
     ended.
 
-    Returns after about `_QUIET_POLLS * _POLL_S` seconds if nothing comes back, and
-    after `patience_s` in any case.
+    Returns after about `_QUIET_POLLS * _POLL_S` seconds without growth, and after
+    `patience_s` in any case.
     """
     memory, end, quiet, said = read(), clock() + patience_s, 0, False
     while memory.available < needed and quiet < _QUIET_POLLS and clock() < end:
@@ -92,35 +93,35 @@ def available_after_waiting(
         if not said and memory.available < needed:
             said = True
             logger.info(
-                "%.1f GiB of host memory must be available, with what must stay "
-                "free, and %.1f GiB are, more each moment: another process is giving "
-                "memory back. Waiting up to %.0f seconds for it.",
+                "Waiting up to %.0f seconds for host memory: %.1f GiB must be "
+                "available, the reserve included, and %.1f GiB are. Another process "
+                "is freeing memory.",
+                patience_s,
                 needed / GIB,
                 memory.available / GIB,
-                patience_s,
             )
     return memory
 
 
 def pinning_objection() -> str | None:
-    """Why host memory must not be pinned for a GPU here, or None. Stock decides: under
-    WSL2 it pins only if it is told to, because Windows may stand still when much memory
-    is pinned."""
+    """Why host memory must not be pinned for a GPU here, or None. vLLM decides: under
+    WSL2 it pins memory only if a variable says so, because Windows can hang when much
+    memory is pinned."""
     if is_pin_memory_available():
         return None
     return (
         "expert slots keep the experts in pinned host memory, and vLLM does not pin "
-        "memory under WSL2 unless it is told to: Windows lets all processes together "
-        "pin about half of the machine's memory, and may stand still when that is "
-        "used up. Set VLLM_WSL2_ENABLE_PIN_MEMORY=1 (with a WSL2 kernel from "
-        "4.19.121 on: wsl --update), or serve without --moe-gpu-prefetch."
+        "memory under WSL2 by default: Windows lets all processes together pin about "
+        "half of the machine's memory, and can hang when that is used up. Set "
+        "VLLM_WSL2_ENABLE_PIN_MEMORY=1 (it needs a WSL2 kernel of 4.19.121 or later: "
+        "wsl --update), or serve without --moe-gpu-prefetch."
     )
 
 
 def _limits(root: Path, membership: str) -> Iterator[tuple[int, int]]:
-    """Limit and used bytes of every group from this process's up to the root. Inside a
-    container the named path may not exist; its own group is then mounted as the
-    root."""
+    """Limit and used bytes of every control group from this process's own up to the
+    root. Inside a container the named path may not exist; the container's group is
+    mounted as the root then."""
     paths = {
         line.split(":", 2)[1]: line.split(":", 2)[2] for line in membership.splitlines()
     }

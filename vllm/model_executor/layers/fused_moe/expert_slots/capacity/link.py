@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What the link between host and GPU costs: its bandwidth, and what misses take at
-that.
+"""The link between host and GPU: its bandwidth, and the time that misses take on it.
 
 If routing is uniform and independent from step to step, an expert that a token needs is
 resident with probability N / E, whatever the policy. So a decode step of one sequence
@@ -11,14 +10,14 @@ loads
 
 and takes at least this divided by the bandwidth, because a layer's kernel waits for its
 loads. Real routing repeats experts and loads less: this is the high end, as in
-`memory_plan.distinct_experts`.
+`planner.distinct_experts`.
 
-Stock's `--cpu-offload-gb` on the experts is bound by the same link. Its kernel reads
-every expert that a token needs and that is not on the GPU, so with the same GPU memory,
-where it keeps L * N + (E - N) experts, a token reads (L - 1) / L of the bytes above. So
-the warning does not advise it. `--offload-backend prefetch` copies whole layers while
-others compute. That can be faster where a step needs nearly all experts (long prompts,
-large batches), and is slower where it needs few.
+vLLM's `--cpu-offload-gb` on the experts is bound by the same link. Its kernel reads
+every expert that a token needs and that is not on the GPU. With the same GPU memory it
+keeps L * N + (E - N) experts there, for L MoE layers, so a token reads (L - 1) / L of
+the bytes above. So the warning does not advise it. `--offload-backend prefetch` copies
+whole layers while others compute. That can be faster if a step needs nearly all experts
+(long prompts, large batches), and is slower if it needs few.
 """
 
 import argparse
@@ -44,17 +43,17 @@ SLOW_LINK = 10e9
 it, 25 to 27 on PCIe 4.0 x16, about 53 on PCIe 5.0 x16."""
 
 FEW_TOKENS = 5.0
-"""Tokens a second of one sequence below which slots are likely not what the user wants:
-about the speed of reading."""
+"""Tokens a second of one sequence below which the warning comes: about the speed of
+reading."""
 
 _PIECE = 32 << 20
-"""Bytes of one copy: at 50 GB/s the start of a copy is then some 2 % of its time."""
+"""Bytes of one copy. At 50 GB/s the start of the copy is then about 2 % of its time."""
 
 _LEAST = 1 << 20
-"""Copies of fewer bytes measure their start, not the link."""
+"""Bytes below which a copy measures its start, not the link."""
 
 _ENOUGH, _PATIENCE_S = 256 << 20, 0.25
-"""Measuring ends after so many bytes, or after so many seconds on a slow link."""
+"""Measuring ends after this many bytes, or on a slow link after this many seconds."""
 
 
 def bandwidth(text: str) -> int:
@@ -72,9 +71,14 @@ def bandwidth(text: str) -> int:
 def staging_copies(
     rows: "ExpertRows",
 ) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
-    """Copies (target, source) by which a link can be measured without further memory:
-    of each tensor of a layer, experts from the host store into staging rows, `_PIECE`
-    bytes or one row. What a staging row holds is read by no later step."""
+    """Copies that measure the link without further memory: for each tensor of a layer,
+    experts from the host store into staging rows. No later step reads what a staging
+    row holds.
+
+    Yields:
+        (target, source): rows on the device and in the host store, `_PIECE` bytes or
+            one row.
+    """
     for name, tensor in rows.tensors.items():
         count = min(rows.num_staged, max(1, _PIECE // tensor[0].nbytes))
         yield tensor[:count], rows.store.tensors[name][:count]
@@ -92,12 +96,12 @@ def measured_bandwidth(
 
     Args:
         copies: (target on the device, source in pinned host memory), as
-            `staging_copies` gives them. The first is made once more, untimed, to warm
-            up.
+            `staging_copies` gives them. The first is also made once before, untimed,
+            to warm up.
         clock: seconds.
 
     Returns:
-        None where no copy is large enough to tell.
+        None if no copy is large enough.
     """
     large = [(target, source) for target, source in copies if target.nbytes >= _LEAST]
     if not large:
@@ -115,7 +119,7 @@ def measured_bandwidth(
 
 @dataclass(frozen=True)
 class LinkCost:
-    """What misses take on a link.
+    """The time that misses take on a link.
 
     Attributes:
         bandwidth: host to device, bytes a second.
@@ -143,8 +147,11 @@ class LinkCost:
         return 1 / self.seconds_per_token if self.bytes_per_token else math.inf
 
     def sentence(self, origin: str = "measured") -> str:
-        """The figures for people. `origin` says where the bandwidth is from: measured,
-        or given."""
+        """The figures in words.
+
+        Args:
+            origin: where the bandwidth is from: "measured" or "given".
+        """
         link = f"Host-to-device: {_decimal(self.bandwidth)}/s {origin}"
         if not self.bytes_per_token:
             return f"{link}; every expert has its slot, so no token loads one."
@@ -158,8 +165,7 @@ class LinkCost:
         )
 
     def warning(self) -> str | None:
-        """Why slots are likely slow on this link, and the way out; None if nothing says
-        so."""
+        """Why slots are likely to be slow on this link, and the way out; or None."""
         reasons = []
         if self.bytes_per_token and self.bandwidth < SLOW_LINK:
             reasons.append(
@@ -182,9 +188,10 @@ class LinkCost:
 def link_cost(
     bandwidth: float, layers: Iterable[tuple[int, float, int, int]]
 ) -> LinkCost:
-    """What misses of `layers` take at `bandwidth` bytes a second.
+    """The cost of misses of `layers`.
 
     Args:
+        bandwidth: bytes a second, host to device.
         layers: (experts, top-k, slots, bytes of an expert) of every MoE layer of a
             rank, or of one rank of each pipeline stage. Under expert parallelism
             experts are those of the rank, and top-k is its share.
@@ -201,7 +208,7 @@ def link_cost(
 
 
 def _decimal(num_bytes: float) -> str:
-    """Bandwidths are in powers of ten, so sizes beside them are too."""
+    """A size in powers of ten, as bandwidths are."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= scale:
             return (

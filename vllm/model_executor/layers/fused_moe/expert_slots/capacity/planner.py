@@ -1,53 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What N slots per layer cost, what fits, and which N `auto` takes: arithmetic, no
-model."""
+"""What N slots per layer cost, what fits, and which N `auto` takes: arithmetic, without
+a model."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
 
-from vllm.model_executor.layers.fused_moe.expert_slots.capacity.host_memory import (
-    HostMemory,
+from vllm.model_executor.layers.fused_moe.expert_slots.capacity.plan import (
+    LIBRARY_BYTES,
+    Footprint,
+    Limits,
+    Plan,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+from vllm.model_executor.layers.fused_moe.expert_slots.config import (
+    MoEPrefetchError,
+    clamp,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.sizes import (
-    GIB,
     gib,
     size_in_bytes,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import (
-    committed_bytes,
-)
-
-CONTEXT_BYTES = GIB // 2
-"""CUDA's context: what a process takes of a GPU before it allocates anything. An
-estimate; where a GPU is at hand, its free memory is read instead, with a context."""
-
-LIBRARY_BYTES = GIB // 2
-"""Kept on every GPU for what no formula knows: workspaces of libraries, kernels,
-fragmentation. An estimate."""
-
-COMMUNICATION_BYTES = GIB
-"""Buffers of NCCL and of vLLM's own all-reduce, on every GPU of several. An estimate:
-vLLM's logs show about 1.4 GiB beside torch with two GPUs, the context included."""
-
-GRAPH_BYTES_PER_LAYER = 384 << 10
-"""What a layer takes of a captured CUDA graph. An estimate: 24 MiB for a graph of 64
-layers, as measured in vLLM issue 50780."""
 
 
 def distinct_experts(num_experts: int, top_k: float, sequences: int) -> float:
-    """Experts of a layer that one decode step of `sequences` needs: `E * (1 - (1 - k /
-    E) ** b)`, if routing is uniform and independent. Real routing is more local, so
-    this is the high end."""
+    """Experts of a layer that one decode step of `sequences` is expected to need.
+
+    `E * (1 - (1 - k / E) ** b)`, if routing is uniform and independent. Real routing
+    repeats experts, so this is the high end.
+    """
     return num_experts * (1 - (1 - top_k / num_experts) ** sequences)
 
 
 def resident_sequences(num_experts: int, top_k: float, slots: int) -> int:
-    """Sequences that may decode together before their experts outgrow fewer than E
-    slots."""
+    """Sequences that can decode together and still need no more than `slots` experts of
+    a layer, as `distinct_experts` expects. Of fewer than E slots."""
     assert slots < num_experts
     sequences = 1
     while distinct_experts(num_experts, top_k, sequences + 1) <= slots:
@@ -55,190 +41,8 @@ def resident_sequences(num_experts: int, top_k: float, slots: int) -> int:
     return sequences
 
 
-@dataclass(frozen=True)
-class MoELayer:
-    """One MoE layer on one rank.
-
-    Attributes:
-        experts: of this rank.
-        top_k: experts that the router chooses for a token, on any rank.
-        rows: names of the layer's per-expert tensors, and the bytes that one expert
-            takes in each.
-        share: of the model's experts, those of this rank; below 1 under expert
-            parallelism.
-    """
-
-    experts: int
-    top_k: int
-    rows: tuple[tuple[str, int], ...]
-    share: float = 1.0
-
-    @property
-    def routed(self) -> float:
-        """Experts of this rank that a token is expected to need."""
-        return self.top_k * self.share
-
-    @property
-    def bytes_per_expert(self) -> int:
-        return sum(row_bytes for _, row_bytes in self.rows)
-
-    def resident(self, slots: int) -> int:
-        """Experts on the GPU if `slots` are asked for: at least top-k, at most all."""
-        return min(self.experts, max(slots, self.top_k))
-
-    def slot_bytes(self, slots: int) -> int:
-        return self.resident(slots) * self.bytes_per_expert
-
-    def store_bytes(self, slots: int) -> int:
-        """Bytes of the host store; none where every expert has its slot."""
-        offloaded = self.resident(slots) < self.experts
-        return self.experts * self.bytes_per_expert if offloaded else 0
-
-
-@cache
-def _staging_bytes(layers: tuple[MoELayer, ...], slots: int, page: int) -> int:
-    """What the layers' tensors take beyond their slots: one set of staging rows for all
-    layers, and what is lost at the edges of pages."""
-    elastic = [layer for layer in layers if layer.resident(slots) < layer.experts]
-    tensors = (
-        (name, layer.experts, layer.experts - layer.resident(slots), row_bytes)
-        for layer in elastic
-        for name, row_bytes in layer.rows
-    )
-    return committed_bytes(tensors, page) - sum(
-        layer.slot_bytes(slots) for layer in elastic
-    )
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What one rank of a model takes. All sizes in bytes.
-
-    Attributes:
-        layers: the MoE layers of this rank.
-        other_weight_bytes: every parameter and buffer but the routed experts.
-        kv_sequence_bytes: KV cache of one sequence of `max_model_len`.
-        kv_block_bytes: one block of the KV cache; vLLM keeps one back.
-        activation_bytes: intermediates of the largest batch, an estimate
-            (docs/sizing.md).
-        graph_bytes: captured CUDA graphs, an estimate.
-        host_table_bytes: tensors that the model itself keeps in host memory.
-    """
-
-    layers: tuple[MoELayer, ...]
-    other_weight_bytes: int
-    kv_sequence_bytes: int
-    kv_block_bytes: int
-    activation_bytes: int
-    graph_bytes: int = 0
-    host_table_bytes: int = 0
-
-    @property
-    def overhead_bytes(self) -> int:
-        return self.activation_bytes + self.graph_bytes + LIBRARY_BYTES
-
-    def slot_bytes(self, slots: int) -> int:
-        return sum(layer.slot_bytes(slots) for layer in self.layers)
-
-    def store_bytes(self, slots: int) -> int:
-        return sum(layer.store_bytes(slots) for layer in self.layers)
-
-    def staging_bytes(self, slots: int, page: int) -> int:
-        """The staging rows that all layers share, in pages of `page` bytes."""
-        return _staging_bytes(self.layers, slots, page)
-
-    def gpu_bytes(self, slots: int, page: int) -> int:
-        """Everything on the GPU but the KV cache."""
-        experts = self.slot_bytes(slots) + self.staging_bytes(slots, page)
-        return experts + self.other_weight_bytes + self.overhead_bytes
-
-    def kv_bytes(self, sequences: int) -> int:
-        """KV cache that vLLM asks for to run `sequences` of `max_model_len`."""
-        return self.kv_sequence_bytes * sequences + self.kv_block_bytes
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a plan must keep to, and the workload it is made for.
-
-    Attributes:
-        gpu_bytes: what vLLM may use of each GPU.
-        gpu_limit: the same in words.
-        kv_cache_bytes: the KV cache if it was given in bytes, else None: what is left.
-        host: this machine's memory, or None if the question is about another machine.
-        host_reserve: bytes of host memory that must stay available.
-        ranks_per_host: ranks that keep a host store on one machine.
-        host_is_device: slots and weights are host memory too (the CPU platform).
-        page: bytes of a page of the memory that slots lie in.
-        max_num_seqs: sequences that may run together.
-        max_model_len: tokens of the longest sequence.
-        shortens: vLLM lowers `max_model_len` to what the KV cache holds.
-        rows_per_sequence: rows that one decoding sequence routes: 1 + speculative
-            tokens.
-    """
-
-    gpu_bytes: int
-    gpu_limit: str
-    kv_cache_bytes: int | None
-    host: HostMemory | None
-    host_reserve: int
-    ranks_per_host: int
-    host_is_device: bool
-    page: int
-    max_num_seqs: int
-    max_model_len: int
-    shortens: bool
-    rows_per_sequence: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one N means, on the rank that it leaves least. All sizes in bytes.
-
-    Attributes:
-        slots: expert slots per MoE layer.
-        experts: experts of a MoE layer on one rank.
-        fits: whether it can start.
-        reason: why not; or what room it leaves.
-        gpu_bytes: all that one GPU holds but the KV cache: the sum of the next four.
-        slot_bytes: the slots of all layers.
-        staging_bytes: the staging rows that all layers share.
-        other_weight_bytes: every weight but the routed experts.
-        overhead_bytes: intermediates, graphs and libraries, all estimates: the next
-            three.
-        activation_bytes: intermediates of the largest batch.
-        graph_bytes: CUDA graphs.
-        library_bytes: workspaces of libraries, kernels, fragmentation.
-        kv_cache_bytes: the KV cache that there is room for.
-        kv_sequences: sequences of `max_model_len` that it holds.
-        host_bytes: the host stores of one machine.
-        resident_sequences: sequences that decode together without outgrowing the slots;
-            `max_num_seqs` if there is a slot for every expert.
-    """
-
-    slots: int
-    experts: int
-    fits: bool
-    reason: str
-    gpu_bytes: int
-    slot_bytes: int
-    staging_bytes: int
-    other_weight_bytes: int
-    overhead_bytes: int
-    activation_bytes: int
-    graph_bytes: int
-    library_bytes: int
-    kv_cache_bytes: int
-    kv_sequences: float
-    host_bytes: int
-    resident_sequences: int
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
-
-
 class MemoryPlanner:
-    """Answers what fits.
+    """Says what N slots take and whether they fit.
 
     Args:
         footprints: one for each pipeline stage; the tensor-parallel ranks of a stage
@@ -265,18 +69,20 @@ class MemoryPlanner:
 
     @property
     def _counts(self) -> range:
-        """What N may be, the largest first. A rank may have fewer experts than the
-        top-k."""
-        return range(self.num_experts, min(self.num_experts, self.top_k) - 1, -1)
+        """The values that N can have, the largest first."""
+        return range(self.num_experts, self._clamped(0) - 1, -1)
+
+    def _clamped(self, slots: int) -> int:
+        return clamp(slots, self.top_k, self.num_experts)
 
     @property
     def smallest(self) -> int:
         """The slots that a batch of one needs: the experts of its rows in one layer."""
-        return min(self.num_experts, self.top_k * self.limits.rows_per_sequence)
+        return self._clamped(self.top_k * self.limits.rows_per_sequence)
 
     def plan(self, slots: int) -> Plan:
-        """The plan of `slots` (raised to top-k, lowered to E), fitting or not."""
-        slots = min(self.num_experts, max(self.top_k, slots))
+        """The plan for `slots`, clamped to what a layer can have. It may not fit."""
+        slots = self._clamped(slots)
         limits = self.limits
         rank = min(
             self.footprints, key=lambda f: self._left(f, slots) - self._kv_floor(f)
@@ -326,10 +132,11 @@ class MemoryPlanner:
         return next((slots for slots in self._counts if self.plan(slots).fits), None)
 
     def auto(self) -> int:
-        """The largest N that leaves the KV cache its room: `max_num_seqs` sequences of
-        `max_model_len`, but no more than half of what weights and intermediates leave,
-        and no less than one sequence. Never below what a batch of one needs, if that
-        fits at all.
+        """The largest N that leaves the KV cache its room.
+
+        The room is `max_num_seqs` sequences of `max_model_len`, but no more than half
+        of what weights and intermediates leave, and no less than one sequence. N is
+        never below what a batch of one needs, if that fits at all.
 
         Raises:
             MoEPrefetchError: nothing fits.
@@ -355,7 +162,7 @@ class MemoryPlanner:
         GPU.
 
         Raises:
-            MoEPrefetchError: not even top-k slots do.
+            MoEPrefetchError: top-k slots take more.
         """
 
         def taken(slots: int) -> int:
@@ -376,10 +183,10 @@ class MemoryPlanner:
         return slots
 
     def meant(self, asked: int | str) -> int:
-        """The N that `asked` means, fitting or not: a number, a size or `auto`.
+        """The N that `asked` means: a number, a size or `auto`. A number may not fit.
 
         Raises:
-            MoEPrefetchError: `auto`, and nothing fits; or a size that is too little.
+            MoEPrefetchError: nothing fits, for `auto`; or the size is too small.
         """
         if isinstance(asked, int):
             return asked
@@ -388,9 +195,14 @@ class MemoryPlanner:
         )
 
     def refuse(self, slots: int, asked: int | str) -> None:
-        """Raises: MoEPrefetchError: the model's layers cannot have slots; or `slots` do
-        not fit: what is
-            needed, what there is, and the way out.
+        """Refuses `slots` that the model or the machine cannot have.
+
+        Args:
+            asked: what the user asked for, for the message.
+
+        Raises:
+            MoEPrefetchError: the model's layers cannot have slots; or the slots do not
+                fit, with what is needed, what there is, and the way out.
         """
         if self.objection and slots < self.num_experts:
             raise MoEPrefetchError(self.objection)
@@ -399,7 +211,12 @@ class MemoryPlanner:
             return
         shortage = f"N={plan.slots} {plan.reason}"
         largest, least = self.largest(), self.plan(self.top_k)
-        if largest is not None:
+        if largest is not None and largest >= self.num_experts:
+            way_out = (
+                "The model fits whole: serve it without --moe-gpu-prefetch, or free "
+                "host memory."
+            )
+        elif largest is not None:
             way_out = f"The largest N that fits is {largest}."
         elif least.reason == self._host_shortage(least.slots):
             shortage = f"N={least.slots} {least.reason}"
@@ -420,7 +237,7 @@ class MemoryPlanner:
         )
 
     def _left(self, footprint: Footprint, slots: int) -> int:
-        """Room for the KV cache on a GPU; below zero if not even the rest fits."""
+        """Bytes of a GPU left for the KV cache; negative if the rest does not fit."""
         return self.limits.gpu_bytes - footprint.gpu_bytes(slots, self.limits.page)
 
     def _kv_floor(self, footprint: Footprint) -> int:
@@ -461,19 +278,22 @@ class MemoryPlanner:
         )
 
     def _host_bytes(self, slots: int) -> int:
-        """Host stores of the machine that has to keep most."""
+        """Bytes of host stores, on the machine that keeps the most."""
         return self._on_one_host([f.store_bytes(slots) for f in self.footprints])
 
     def _on_one_host(self, stages: list[int]) -> int:
-        """Bytes of the ranks on one machine, given those of a rank of each stage: the
-        largest."""
+        """Bytes of all ranks on one machine, on the machine where that is the most.
+
+        Args:
+            stages: bytes of one rank of each pipeline stage.
+        """
         ranks = self.limits.ranks_per_host
         tensor_ranks = max(1, ranks // len(stages))
         return sum(sorted(stages * tensor_ranks, reverse=True)[:ranks])
 
     def host_need(self, slots: int) -> int:
-        """Host memory that must be available for `slots`, the reserve included; 0 if
-        nothing is kept there."""
+        """Bytes of host memory that must be available for `slots`, the reserve
+        included; 0 if there is no host store."""
         limits, stores = self.limits, self._host_bytes(slots)
         if not stores:
             return 0

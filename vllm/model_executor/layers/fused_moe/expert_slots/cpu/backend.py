@@ -13,10 +13,8 @@ from vllm.model_executor.layers.fused_moe.expert_slots.cpu.experts import (
     slotted_cpu_experts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu.manager import CPUSlotManager
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import (
-    HostMemory,
-    Memory,
-)
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.memory import Memory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
 
 
@@ -29,7 +27,7 @@ class CPUBackend(Backend):
     def objection(self, layer: Any) -> str | None:
         if layer.use_ep:
             return (
-                "stock's CPU kernels take no expert map; drop --enable-expert-parallel"
+                "stock's CPU kernels take no expert map: drop --enable-expert-parallel"
             )
         method = layer.quant_method
         experts_cls = getattr(method, "experts_cls", None)

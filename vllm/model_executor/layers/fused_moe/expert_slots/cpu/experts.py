@@ -2,9 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Stock's fused-MoE kernels of the CPU platform over permuted rows.
 
-Only the kernel's own call is ours. What stock does around it (weights applied to the
-input, shared experts) stays as it is and stays traced, so that compiled code is the
-same code.
+Only the call of the kernel is ours. What stock does around it (weights applied to the
+input, shared experts) is unchanged and traced as before, so compiled code is the same.
 """
 
 from functools import cache
@@ -40,14 +39,14 @@ to give the same bits."""
 
 
 class SlottedCPUExperts(_Stock):
-    """Mixed into one of stock's classes by `slotted_cpu_experts`.
+    """Runs one of stock's classes on rows; `slotted_cpu_experts` mixes it in.
 
     Attributes:
-        slots: the layer's manager, set once its rows are made.
+        slot_manager: the layer's manager, set once its rows are made.
         layer: the layer, a `RoutedExperts`: its parameters are the rows.
     """
 
-    slots: SlotManager | None = None
+    slot_manager: SlotManager | None = None
     layer: Any = None
 
     def apply(
@@ -62,7 +61,7 @@ class SlottedCPUExperts(_Stock):
         **kwargs: Any,
     ) -> None:
         """Decides, loads and computes one step of the layer. Takes what stock's `apply`
-        takes; weights and options are read off the layer, as the opaque op has no
+        takes. Weights and options are read from the layer, because the opaque op has no
         arguments for them."""
         if torch.compiler.is_compiling():
             name = _encode_layer_name(self.layer.layer_name)
@@ -79,26 +78,28 @@ class SlottedCPUExperts(_Stock):
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
     ) -> None:
-        """Args:
+        """As `apply`, outside of traced code.
+
+        Args:
         output: [tokens, hidden], written.
         hidden_states: [tokens, hidden].
         topk_weights: [tokens, top_k] float32.
         topk_ids: [tokens, top_k] int32, expert ids of this rank.
         """
-        assert self.slots is not None
+        assert self.slot_manager is not None
         super().apply(
             output=output,
             hidden_states=hidden_states,
             w1=self.layer.w13_weight,
             w2=self.layer.w2_weight,
             topk_weights=topk_weights,
-            topk_ids=self.slots.step(topk_ids),
+            topk_ids=self.slot_manager.step(topk_ids),
             activation=self.layer.activation,
             global_num_experts=self.layer.global_num_experts,
             expert_map=None,
             a1q_scale=None,
             a2_scale=None,
-            workspace13=output,  # these kernels keep their scratch space themselves
+            workspace13=output,  # not used: these kernels allocate their own
             workspace2=output,
             expert_tokens_meta=None,
             apply_router_weight_on_input=self.layer.apply_router_weight_on_input,
@@ -107,7 +108,7 @@ class SlottedCPUExperts(_Stock):
 
 @cache
 def slotted_cpu_experts(stock: type) -> type:
-    """One of stock's CPU experts classes, over slots."""
+    """The class that runs `stock`, one of stock's CPU experts classes, on rows."""
     return type(f"Slotted{stock.__name__}", (SlottedCPUExperts, stock), {})
 
 

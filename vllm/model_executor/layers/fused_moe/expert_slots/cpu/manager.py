@@ -16,9 +16,11 @@ from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import (
 
 
 class CPUSlotManager(SlotManager):
-    """Attributes:
-    tables: which expert is where.
-    history: what the policy goes by.
+    """Decides with `plan_step` and copies with torch.
+
+    Attributes:
+        tables: which expert is where.
+        history: recency and frequency, by which the policy decides.
     """
 
     def __init__(self, *args, **kwargs):
@@ -31,7 +33,7 @@ class CPUSlotManager(SlotManager):
         self.rows.fill_slots(self.tables.slot_to_expert.tolist())
 
     def plan(self, topk_ids: torch.Tensor) -> StepPlan:
-        """Decides one step; nothing is loaded yet. `topk_ids` as for `step`."""
+        """Decides one step and loads nothing. Takes `topk_ids` as `step` does."""
         plan = plan_step(self.tables, self.history, topk_ids.numpy())
         self.counters.add(plan)
         return plan
@@ -50,7 +52,7 @@ class CPUSlotManager(SlotManager):
         ids = topk_ids.numpy()
         rows = self._rows_of(ids)
         if is_padding is None and rows.size and rows.min() >= self.tables.num_staged:
-            self._count_hits(ids)  # every id is a resident's: the table stays
+            self._count_hits(ids)  # every id is a resident, so the table stays
             return torch.from_numpy(rows)
         asked = topk_ids
         if is_padding is not None:
@@ -61,8 +63,8 @@ class CPUSlotManager(SlotManager):
         return self.remap(topk_ids)
 
     def _count_hits(self, ids: np.ndarray) -> None:
-        """What is left to do of a step without a miss or a row of padding. Most decode
-        steps are such, and cost a quarter less than by `plan`."""
+        """Completes a step without a miss or padding. Most decode steps are such, and
+        take a quarter less time than by `plan`."""
         needed = needed_experts(ids, self.num_experts)
         self.history.touch(needed)
         self.counters.add_hits(int(np.count_nonzero(needed)))

@@ -17,20 +17,18 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.driver import cuda_driver
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.experts import (
     SlottedTritonExperts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
     CudaSlotManager,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.memory import DeviceMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.versions import (
     keep_routing_apart,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.driver import cuda_driver
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import (
-    DeviceMemory,
-    Memory,
-)
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.memory import Memory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
 
 
@@ -53,13 +51,13 @@ class CudaBackend(Backend):
                 else type(method).__name__
             )
             return (
-                f"its experts are quantised ({name}), and slots on a GPU serve none of "
-                f"those yet"
+                f"its experts are quantised ({name}), and slots on a GPU serve "
+                "unquantised experts only"
             )
         name = getattr(getattr(method, "experts_cls", None), "__name__", "none")
         if name == "TritonExperts":
             return None
-        return f"its kernel is {name}, and slots on a GPU take --moe-backend triton"
+        return f"its kernel is {name}, and slots on a GPU need --moe-backend triton"
 
     def slotted(self, experts_cls: type) -> type:
         return SlottedTritonExperts

@@ -3,8 +3,8 @@
 """Stock's Triton fused-MoE kernel over permuted rows.
 
 Results equal full residency bit for bit, because the kernel is called as stock calls
-it, on tensors of stock's shape: configuration, block sizes and shortcuts are stock's,
-and a token's arithmetic does not depend on the row that its expert lies in.
+it, on tensors of stock's shape. Configuration, block sizes and shortcuts are stock's,
+and the arithmetic of a token does not depend on the row that its expert lies in.
 """
 
 from typing import Any
@@ -21,13 +21,13 @@ from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
 
 
 class SlottedTritonExperts(TritonExperts):
-    """`TritonExperts` whose weights are rows of `slots`. Unquantised weights.
+    """`TritonExperts` whose weights are rows. Unquantised weights only.
 
     Attributes:
-        slots: the layer's manager, set once its rows are made.
+        slot_manager: the layer's manager, set once its rows are made.
     """
 
-    slots: CudaSlotManager | None = None
+    slot_manager: CudaSlotManager | None = None
 
     def apply(
         self,
@@ -46,12 +46,12 @@ class SlottedTritonExperts(TritonExperts):
         """Decides, loads and computes one step of the layer. Takes what stock's `apply`
         takes.
 
-        Under expert parallelism stock's kernel gets the ids as they are, and the map
-        from the model's experts to rows in the place of its expert map, so that it
-        aligns as it does.
+        Under expert parallelism stock's kernel gets the ids unchanged. In the place of
+        its expert map it gets the map from the model's experts to rows, so that it
+        aligns tokens as in stock.
         """
-        assert self.slots is not None
-        rows = self.slots.step(topk_ids, _padding(len(topk_ids)))
+        assert self.slot_manager is not None
+        rows = self.slot_manager.step(topk_ids, _padding(len(topk_ids)))
         if expert_map is None:
             topk_ids = rows
         else:
@@ -72,8 +72,8 @@ class SlottedTritonExperts(TritonExperts):
 
 
 def _padding(num_tokens: int) -> torch.Tensor | None:
-    """The step's mask of padding rows, [tokens] bool, where stock's routers use it too.
-    Otherwise a model runner may leave it as a graph's capture set it, all true."""
+    """The step's mask of padding rows, [tokens] bool, if stock's routers use it too.
+    Otherwise it may still be as the capture of a graph left it, all true."""
     if not (envs.VLLM_MOE_SKIP_PADDING and is_forward_context_available()):
         return None
     mask = getattr(get_forward_context(), "is_padding", None)

@@ -3,14 +3,14 @@
 """Copies the experts that a step misses from the host store into their rows, in one
 launch.
 
-The kernel reads pinned host memory through its device address: no copy engine, so no
-host decides what is copied, and a captured graph copies what each replay misses. Work
-is dealt out in units of one tensor of one expert; a program that finds no unit left
-ends.
+The kernel reads pinned host memory through its device address. So the host does not
+decide what is copied, and a captured graph copies what each replay misses. The work is
+divided into units, each a part of one tensor of one expert. Each program takes every
+n-th unit, and ends at once if there is none for it.
 
-It must never be launched with programmatic dependent launch: staging rows are
-overwritten by the next layer, and what keeps that right is that this layer's GEMM has
-ended by then.
+The kernel must never be launched with programmatic dependent launch. The next layer
+overwrites the staging rows, and stream order alone makes sure that this layer's GEMM
+has read them.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,32 @@ import torch
 from vllm.triton_utils import tl, triton
 
 LANE_BYTES = 16
+"""What a thread reads at a time where rows and their addresses are multiples of it."""
+
 UNIT_BYTES = 1 << 15
-"""What a program copies at a time: enough loads in flight to cover the latency of the
-bus."""
+"""Bytes of a unit: enough loads in flight to cover the latency of the link."""
 
 NARROW_BYTES = 1 << 10
-"""The same where rows are no multiple of a lane (scales, some biases): byte by byte."""
+"""Bytes of a unit where rows are no multiple of a lane, as those of scales and some
+biases. They are copied byte by byte."""
 
 PROGRAMS = 64
-"""Programs of a launch: 64 units in flight cover the latency of any bus."""
+"""Programs of a launch: 64 units in flight cover the latency of any link."""
+
+
+def gather_constants(units: int, all_wide: bool) -> dict[str, int]:
+    """The constants of a layer's launches.
+
+    Args:
+        units: of one expert, in all of its tensors.
+        all_wide: whether the rows of all tensors are made of lanes.
+    """
+    return {
+        "UNITS": units,
+        "WIDE": UNIT_BYTES // 8,
+        "NARROW": 0 if all_wide else NARROW_BYTES,
+        "num_warps": 8,
+    }
 
 
 @triton.jit
@@ -38,7 +55,7 @@ def gather_kernel(
     homes,  # [tensors] int64, device address of each tensor of the store
     rows,  # [tensors] int64, address of each tensor of the layer
     row_bytes,  # [tensors] int64, bytes of one expert's row
-    is_wide,  # [tensors] int32, whether it is made of 16-byte lanes
+    is_wide,  # [tensors] int32, 1 if the rows are made of lanes, or 0
     unit_tensor,  # [UNITS] int32, the tensor that a unit belongs to
     unit_begin,  # [UNITS] int64, first byte of the unit within its row
     UNITS: tl.constexpr,  # units of one expert
@@ -74,11 +91,11 @@ def gather_kernel(
 
 
 class Gather:
-    """The loads of some of a layer's tensors, ready to be launched.
+    """The loads of a layer, ready to be launched.
 
     Args:
-        homes: device address of each tensor's `[E, ...]` home.
-        rows: the layer's tensors `[E, ...]`, in the same order.
+        homes: device address of each tensor of the store, [E, ...].
+        rows: the layer's tensors, [E, ...] each, in the same order.
     """
 
     def __init__(self, homes: Sequence[int], rows: Sequence[torch.Tensor]):
@@ -103,17 +120,18 @@ class Gather:
             on_device([tensor for tensor, _ in units], torch.int32),
             on_device([begin for _, begin in units], torch.int64),
         )
-        self._constants = {
-            "UNITS": len(units),
-            "WIDE": UNIT_BYTES // 8,
-            "NARROW": 0 if all(wide) else NARROW_BYTES,
-        }
+        self._constants = gather_constants(len(units), all(wide))
 
     def launch(
         self, num_loads: torch.Tensor, experts: torch.Tensor, rows: torch.Tensor
     ) -> None:
-        """Copies the first `num_loads` ([1] int32) of `experts` into `rows`, both [E]
-        int32."""
+        """Copies experts into rows.
+
+        Args:
+            num_loads: [1] int32, how many of `experts` are copied, the first ones.
+            experts: [E] int32.
+            rows: [E] int32, the row of each.
+        """
         gather_kernel[(PROGRAMS,)](
-            num_loads, experts, rows, *self._arguments, **self._constants, num_warps=8
+            num_loads, experts, rows, *self._arguments, **self._constants
         )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""One layer's slots on a GPU: the decisions of `decisions/step.py` and the loads, a
-kernel each, so that a step never waits for the host and can be captured in a CUDA
+"""One layer's slots on a GPU. One kernel makes the decisions of `decisions/step.py`,
+another loads. So a step never waits for the host and can be captured in a CUDA
 graph."""
 
 from functools import cache
@@ -28,15 +28,18 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import Exper
 
 
 class CudaSlotManager(SlotManager):
-    """Same decisions, counters and start as `CPUSlotManager`.
+    """The decisions, counters and start of `CPUSlotManager`, on the device.
 
     Attributes:
-        slot_to_expert: [N] int32. expert_to_slot: [E] int32, -1 = not resident.
+        slot_to_expert: [N] int32.
+        expert_to_slot: [E] int32, -1 = not resident.
         expert_to_row: [E] int32.
-        last_needed, frequency: [E] int64, as in `ExpertHistory`.
-        totals: the counters, int64 in the order of `TOTALS`.
-        num_loads: [1] int32. load_experts, load_rows: [E] int32, the loads of the last
-            step.
+        last_needed: [E] int64, as in `ExpertHistory`.
+        frequency: [E] int64, as in `ExpertHistory`.
+        totals: [totals] int64, the counters in the order of `TOTALS`.
+        num_loads: [1] int32, the loads of the last step.
+        load_experts: [E] int32, their experts.
+        load_rows: [E] int32, their rows.
     """
 
     def __init__(
@@ -47,8 +50,13 @@ class CudaSlotManager(SlotManager):
         rank: int = 0,
         expert_map: torch.Tensor | None = None,
     ):
-        """Args: expert_map: under expert parallelism [experts of the model] int32, id
-        on this rank or -1.
+        """Args:
+        config: what was asked for.
+        rows: the layer's rows, in device memory.
+        layer_name: names the counters.
+        rank: of this worker, names the counters.
+        expert_map: under expert parallelism [experts of the model] int32, the expert's
+            id on this rank or -1.
         """
         super().__init__(config, rows, layer_name, rank)
         tensors = list(rows.tensors.values())
@@ -71,8 +79,8 @@ class CudaSlotManager(SlotManager):
         self.load_experts = zeros(experts)
         self.load_rows = zeros(experts)
         self._expert_map = expert_map
-        # A kernel that looks the id -1 up in the map finds the entry in front of it: no
-        # row.
+        # A kernel that looks up the id -1 in the map reads the entry in front of it,
+        # which is -1: no row.
         self._mapped = None if expert_map is None else zeros(1 + len(expert_map)) - 1
         pad = triton.next_power_of_2(experts)
         self._scratch = zeros(pad), zeros(pad)
@@ -133,18 +141,21 @@ class CudaSlotManager(SlotManager):
         return rows
 
     def load(self) -> None:
-        """Starts the loads of the step that was planned last."""
+        """Launches the loads of the step that was planned last."""
         self._gather.launch(self.num_loads, self.load_experts, self.load_rows)
 
     def residency(self) -> list[int]:
-        """As the interface says; waits for the device."""
+        """As `SlotManager.residency`. Waits for the device."""
         tables = (self.slot_to_expert, self.expert_to_slot, self.expert_to_row)
         return checked_residency(*(table.cpu().numpy() for table in tables))
 
     def ranking(self) -> Ranking:
-        """As the interface says, over a stream of its own. It waits for its five small
-        copies, and neither for the engine's stream nor that stream for it: there may be
-        steps in it, or a collective operation that will never end."""
+        """As `SlotManager.ranking`, over a stream of its own.
+
+        The call waits for its five small copies. It does not wait for the engine's
+        stream, which may hold steps or a collective operation that never ends, and that
+        stream does not wait for it.
+        """
         where = self.slot_to_expert
         stream = _reading_stream(where.device) if where.is_cuda else None
         with torch.cuda.device_of(where), torch.cuda.stream(stream):
@@ -158,6 +169,6 @@ class CudaSlotManager(SlotManager):
 
 @cache
 def _reading_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all layers of a device: torch deals its streams out of a pool of 32, in
-    turn, so that one for each layer would be the engine's own streams too."""
+    """One stream for all layers of a device. Torch hands out the 32 streams of a pool
+    in turn, so one for each layer would include the engine's own."""
     return torch.cuda.Stream(device)

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""`decisions.step.plan_step` as one Triton program: decides a layer's step on the
+"""`decisions.step.plan_step` as one Triton program, which decides a layer's step on the
 device.
 
-One program does the whole step, so that nothing is ordered by chance: there are no
-atomics, and what one part writes to memory the next part reads behind a barrier of that
-one program. Where every needed expert is resident, it ends after one reduction and one
-barrier.
+The launch has one program, without atomics, so nothing is ordered by chance: what one
+part of the program writes to memory, the next part reads behind a barrier. If every
+needed expert is resident, the program ends after one reduction and one barrier.
 """
 
 from vllm.triton_utils import tl, triton
@@ -17,14 +16,14 @@ from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
 )
 
 FEW_IDS = 128
-"""Up to so many expert ids are compared with the experts in registers, not through
+"""Up to so many expert ids are compared with the experts in registers, without flags in
 memory."""
 
 IDS = 1024
-"""Expert ids that the kernel looks at together."""
+"""Expert ids that the program reads together."""
 
 _NEVER = tl.constexpr(0x7FFFFFFFFFFFFFFF)
-"""The key of what takes no part in a ranking: behind all that does."""
+"""The key of what takes no part in a ranking. It comes behind all other keys."""
 
 _NUM_TOTALS = tl.constexpr(len(TOTALS))
 (
@@ -41,17 +40,16 @@ _NUM_TOTALS = tl.constexpr(len(TOTALS))
 ) = (
     tl.constexpr([*TOTALS].index(name))
     for name in (
-        *(
-            "steps",
-            "needed",
-            "hits",
-            "misses",
-            "loads",
-            "staged",
-            "evictions",
-            "staged_steps",
-        ),
-        *("overflow_steps", "bytes_loaded"),
+        "steps",
+        "needed",
+        "hits",
+        "misses",
+        "loads",
+        "staged",
+        "evictions",
+        "staged_steps",
+        "overflow_steps",
+        "bytes_loaded",
     )
 )
 
@@ -93,7 +91,7 @@ def _wanted(
     HAS_PADDING: tl.constexpr,
     HAS_MAP: tl.constexpr,
 ):
-    """This rank's experts behind the ids number `at`; -1 for what needs none."""
+    """This rank's expert for each of the ids number `at`, or -1 if it needs none."""
     ids = tl.load(topk_ids + at, mask=at < num_ids, other=-1).to(tl.int32)
     ids = tl.where(ids < num_ids_known, ids, -1)
     if HAS_PADDING:
@@ -119,8 +117,8 @@ def _rank(key, tie, COUNT: tl.constexpr, CHUNK: tl.constexpr):
     return rank
 
 
-# What changes from step to step is no constant of the kernel: serving must not wait for
-# a compiler.
+# The arguments that change from step to step do not specialise the kernel: serving must
+# not wait for a compiler.
 @triton.jit(do_not_specialize=["num_ids", "num_ids_known", "bytes_per_expert"])
 def plan_kernel(
     # what the step routes
@@ -128,23 +126,23 @@ def plan_kernel(
     is_padding,  # [tokens] bool; read only if HAS_PADDING
     expert_map,  # [num_ids_known] int32, id -> this rank's expert or -1; if HAS_MAP
     num_ids,  # tokens * top_k
-    num_ids_known,  # experts of the model; E unless HAS_MAP
+    num_ids_known,  # experts of the model; E if there is no map
     # the layer's state
     slot_to_expert,  # [N] int32
     expert_to_slot,  # [E] int32
     expert_to_row,  # [E] int32
     last_needed,  # [E] int64
     frequency,  # [E] int64
-    totals,  # [totals] int64 in the order of TOTALS; steps is recency's clock
-    mirror,  # address of [totals] int64: a copy that the host reads
+    totals,  # [totals] int64 in the order of TOTALS; "steps" is the clock of recency
+    mirror,  # address of [totals] int64, a copy that the host reads
     bytes_per_expert,
     # what the step is told to do
     num_loads,  # [1] int32
     load_experts,  # [E] int32
     load_rows,  # [E] int32
-    rows,  # row of each id of topk_ids, in its shape; if HAS_MAP [num_ids_known] int32
+    rows,  # [tokens, top_k] like topk_ids; [num_ids_known] int32 if HAS_MAP
     # memory of the program's own
-    flags,  # [E_PAD] int32
+    flags,  # [E_PAD] int32, whether the step needs the expert
     freed,  # [E_PAD] int32, the slots of victims in their order
     E: tl.constexpr,
     N: tl.constexpr,
@@ -253,8 +251,7 @@ def plan_kernel(
         tl.store(load_experts + load, e, mask=miss)
         tl.store(load_rows + load, row, mask=miss)
 
-    # The old recency, frequency and counts have been read, and the new rows are there,
-    # behind this.
+    # The state before the step has been read by all threads behind this barrier.
     tl.debug_barrier()
     if num_needed > 0:
         tl.store(last_needed + e, step, mask=needed)

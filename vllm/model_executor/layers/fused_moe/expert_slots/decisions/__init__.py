@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What a step does: needed experts, victims, rows. No device, no copies."""
+"""What a step does: needed experts, victims, rows. Without a device and copies."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What an expert is worth, as one integer each: which resident to evict, which miss to
-keep.
+"""The worth of each expert, as one integer. It decides which resident is evicted and
+which miss is kept.
 
-Values are integers so that the order is total and the same on every device: no clock,
+Values are integers, so that the order is total and the same on every device: no clock,
 no rounding.
 """
 
@@ -14,12 +14,12 @@ from typing import Literal
 import numpy as np
 
 FREQUENCY_UNIT = 1 << 10
-"""What one need adds to an expert's count, so that halvings keep ten binary places."""
+"""What one need adds to an expert's count. So halvings keep ten binary places."""
 
 MAX_HALF_LIFE = 1 << 17
 """A count stays below `2 * half_life * FREQUENCY_UNIT`, here 2^28. With the step of the
-last need in the 32 bits below, a value stays below 2^61: it and its negative are far
-from the largest 64-bit integer, which the kernel gives to what takes no part in a
+last need in the 32 bits below, a value stays below 2^61. The value and its negative
+are far from the largest 64-bit integer, the kernel's key of what takes no part in a
 ranking."""
 
 
@@ -27,10 +27,10 @@ class ExpertHistory:
     """How recently and how often each expert of a layer was needed.
 
     Attributes:
-        last_needed: [E] int64, the step that last needed the expert; 0 and below:
-            before the first step or never, in the order of `resume`.
+        last_needed: [E] int64, the step that last needed the expert. 0 and below: no
+            step did, and the order is that of `resume`.
         frequency: [E] int64, decayed count in units of `FREQUENCY_UNIT`.
-        step: steps seen by the layer.
+        step: steps of the layer so far.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class ExpertHistory:
     def resume(self, ranking: "Ranking") -> None:
         """Begins with the order of `ranking`, before the first step: its experts are
         worth more than all others, the first most. For `lfu` each has its count, which
-        decays as any other does, but no more than this half-life leaves of a need in
-        every step."""
+        decays as any other. A count is at most what this half-life leaves of a need in
+        each step."""
         num_residents = len(ranking.experts)
         self.last_needed.fill(-num_residents)
         self.last_needed[ranking.experts] = -np.arange(num_residents)
@@ -55,8 +55,7 @@ class ExpertHistory:
             self.frequency[ranking.experts] = np.minimum(ranking.counts, most)
 
     def values(self) -> np.ndarray:
-        """Worth of each expert, [E] int64; of equals, the one with the lower id comes
-        first."""
+        """Worth of each expert, [E] int64. Of equals, the lower id comes first."""
         if self.policy == "lru":
             return self.last_needed
         return (self.frequency << 32) + self.last_needed

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What one step of one layer does: the code of the CPU platform, the oracle of the CUDA
-kernel.
+"""What one step of one layer does. The CPU platform runs this code, and the CUDA kernel
+is tested against it.
 
 Every per-expert tensor of a layer keeps stock's shape `[E, ...]`. Its last N rows are
 the layer's slots. Its first `S = E - N` rows are staging, memory that all layers share:
@@ -13,8 +13,8 @@ A step needs a set of experts. Hits are in slots. A miss takes the slot of the l
 valuable expert that the step does not need. When no such slot is left, the miss is
 loaded into a staging row, used, and forgotten. Exactly N experts are resident and
 exactly S are not, so every expert has a row: a resident its slot, any other the staging
-row of its rank among the non-residents. The table expert -> row is a permutation,
-whatever is routed, and every step is one launch of stock's kernel.
+row of its rank among the non-residents. So the table expert -> row is always a
+permutation, and every step is one launch of stock's kernel.
 """
 
 from collections.abc import Sequence
@@ -36,8 +36,8 @@ class StepPlan:
     Attributes:
         needed: distinct experts that the step needs.
         hits: how many of them were resident when it began.
-        staged: how many of the others are loaded into staging rows; the last of the
-            loads.
+        staged: how many of the others are loaded into staging rows. They come last
+            among the loads.
         load_experts: [misses] int64, the experts to load.
         load_rows: [misses] int64, the row of each.
     """
@@ -59,16 +59,18 @@ class ResidencyTables:
     Attributes:
         slot_to_expert: [N] int64.
         expert_to_slot: [E] int64, -1 = not resident; the inverse of `slot_to_expert`.
-        expert_to_row: [E + 1] int64, a permutation of the rows; the last entry is a
-            guard that keeps the id -1 (a padding row) at -1.
+        expert_to_row: [E + 1] int64, a permutation of the rows, and a last entry that
+            keeps the id -1 (a row of padding) at -1.
     """
 
     def __init__(
         self, num_experts: int, num_slots: int, residents: Sequence[int] | None = None
     ) -> None:
-        """Args: residents: N distinct experts, which get the slots in the order of
-        their ids. Not given:
-            experts 0 ... N-1.
+        """Args:
+        num_experts: E.
+        num_slots: N.
+        residents: N distinct experts, which get the slots in the order of their ids.
+            Not given: experts 0 ... N-1.
         """
         self.num_experts = num_experts
         self.num_slots = num_slots
@@ -83,8 +85,8 @@ class ResidencyTables:
         self.expert_to_row[(self.expert_to_slot < 0).nonzero()[0]] = self._staging_rows
 
     def replace(self, leaving: np.ndarray, entering: np.ndarray) -> None:
-        """Gives the slots of the residents `leaving` to `entering`, both [n] int64, one
-        for one."""
+        """Gives the slot of each resident in `leaving` to the expert at the same place
+        in `entering`, both [n] int64."""
         slots = self.expert_to_slot[leaving]
         self.expert_to_slot[leaving] = -1
         self.expert_to_slot[entering] = slots
@@ -104,8 +106,8 @@ def checked_residency(
         expert_to_row: [E] integers.
 
     Raises:
-        AssertionError: the first two are not each other's inverse, the third is no
-            permutation, or a resident's row is not its slot.
+        AssertionError: the second is not the inverse of the first, the third is no
+            permutation, or the row of a resident is not its slot.
     """
     residents, slots, rows = (
         t.tolist() for t in (slot_to_expert, expert_to_slot, expert_to_row)
@@ -126,8 +128,8 @@ def checked_residency(
 
 
 def needed_experts(topk_ids: np.ndarray, num_experts: int) -> np.ndarray:
-    """The experts that `topk_ids` (integers of any shape, -1 = none) names, [E]
-    bool."""
+    """Which experts are in `topk_ids`, [E] bool. The ids are integers of any shape; -1
+    is none."""
     needed: np.ndarray = np.zeros(num_experts + 1, np.bool_)
     needed[topk_ids.ravel()] = True
     return needed[:-1]
@@ -136,12 +138,12 @@ def needed_experts(topk_ids: np.ndarray, num_experts: int) -> np.ndarray:
 def plan_step(
     tables: ResidencyTables, history: ExpertHistory, topk_ids: np.ndarray
 ) -> StepPlan:
-    """Decides one step and brings `tables` and `history` to its end.
+    """Decides one step, and brings `tables` and `history` to its end.
 
-    Which misses get a slot goes by their value before the step, highest first: by id, a
-    step that needs more experts than there are slots would wash out the policy. Of
-    equals the lower id is first, among misses and among victims. Misses that get a slot
-    take victims in order of their id.
+    Misses get slots by their value before the step, highest first. By id instead, a
+    step that needs more experts than there are slots would undo the policy. Of equals,
+    the lower id is first, among misses and among victims. The misses that get a slot
+    take the victims' in the order of their ids.
 
     Args:
         tables: the layer's tables.
@@ -150,7 +152,7 @@ def plan_step(
     """
     needed = needed_experts(topk_ids, tables.num_experts)
     num_needed = int(np.count_nonzero(needed))
-    if num_needed == 0:  # padding rows alone: not a step
+    if num_needed == 0:  # padding only, which is no step
         return StepPlan(0, 0, 0, _NONE, _NONE)
     resident = tables.expert_to_slot >= 0
     misses = (needed > resident).nonzero()[0]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Whether the experts of a layer can be kept in slots. Asked of a layer while it is
-built, and of stock's layers on the meta device before anything starts."""
+"""Layers whose experts cannot be kept in slots. Asked of a layer while it is built, and
+of stock's layers on the meta device before anything starts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,32 +18,33 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from vllm.model_executor.layers.fused_moe.expert_slots.backend import Backend
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+from vllm.model_executor.layers.fused_moe.expert_slots.refusals import reasons
 from vllm.model_executor.layers.fused_moe.expert_slots.replacing import replaced
 
 _OURS = __name__.rpartition(".refusals.")[0]
 
-_RUNNERS = {
+STOCK_RUNNERS = {
     MoERunner.__module__: "MoERunner",
     "vllm.model_executor.models.transformers.moe": "TransformersMoERunner",
 }
 """Runners that leave the experts' weights to the kernel."""
 
-_OWN_DECODE = ("specialized_decode_config", "bf16_decode")
-"""Attributes by which models of vLLM say that decode kernels of their own read the
-experts' weights by expert id (Kimi-K3, DeepSeek-V4.1; Flint)."""
+OWN_DECODE = ("specialized_decode_config", "bf16_decode")
+"""Attributes of vLLM's models with decode kernels of their own (Kimi-K3, DeepSeek-V4.1;
+Flint)."""
 
 
 def cannot_serve(name: str, module: torch.nn.Module, reason: str) -> MoEPrefetchError:
-    """What to say of a part of a model that cannot be served from slots."""
+    """The refusal of a part of a model."""
     return MoEPrefetchError(
         f"--moe-gpu-prefetch cannot serve {name} ({_stock_class(module).__name__}): "
         f"{reason}. Serve without --moe-gpu-prefetch."
     )
 
 
-def objection(model: torch.nn.Module, backend: Backend) -> MoEPrefetchError | None:
-    """Why a model of stock's layers cannot be served from slots, or None. It does not
-    hold for layers whose experts are all resident: those stay stock's.
+def model_objection(model: torch.nn.Module, backend: Backend) -> str | None:
+    """Why a model of stock's layers cannot be served from slots, or None. Layers whose
+    experts are all resident are stock's, and can.
 
     Args:
         model: built by stock, on any device, within `kernels_for(backend)`.
@@ -56,7 +57,8 @@ def objection(model: torch.nn.Module, backend: Backend) -> MoEPrefetchError | No
         else:
             reason = decode_objection(module)
         if reason:
-            return cannot_serve(getattr(module, "layer_name", name), module, reason)
+            at = getattr(module, "layer_name", name)
+            return str(cannot_serve(at, module, reason))
     return None
 
 
@@ -75,102 +77,73 @@ def kernels_for(backend: Backend) -> Iterator[None]:
 
 
 def configs_among(*arguments: Any) -> tuple[FusedMoEConfig, QuantizationConfig | None]:
-    """The layer's configuration and its quantisation's, wherever a class derived from
-    `RoutedExperts` takes them."""
+    """The layer's configuration and its quantisation's, among the arguments of a class
+    derived from `RoutedExperts`."""
     moe = next(value for value in arguments if isinstance(value, FusedMoEConfig))
     quant = (value for value in arguments if isinstance(value, QuantizationConfig))
     return moe, next(quant, None)
 
 
 def layer_objection(layer: RoutedExperts, backend: Backend) -> str | None:
-    """Why a layer that stock has built cannot have slots. The parallel reasons stand in
-    `conflicts.py` too: VLLM_DP_SIZE and a VllmConfig that is made without EngineArgs go
-    past it."""
+    """Why a layer that stock has built cannot have slots, or None."""
     parallel = layer.moe_config.moe_parallel_config
     own: Any = _stock_class(layer)
     if reason := top_k_objection(layer.moe_config):
         return reason
     if own.forward_modular is not RoutedExperts.forward_modular:
         return (
-            f"{own.__module__}.{own.__name__} works on the router's choices in a "
-            "forward_modular of its own"
+            f"the forward_modular of {own.__module__}.{own.__name__} rewrites expert "
+            "ids itself, and we have no proof that slots give the same result there"
         )
-    if parallel.dp_size > 1 or parallel.pcp_size > 1:
-        return (
-            "ranks of data or prefill context parallelism hand each other their "
-            "tokens; use tensor parallelism"
-        )
+    if parallel.dp_size > 1:
+        return reasons.DATA_PARALLEL
+    if parallel.pcp_size > 1:
+        return reasons.CONTEXT_PARALLEL
     if parallel.enable_eplb:
-        return "EPLB moves experts between ranks; drop --enable-eplb"
+        return reasons.EPLB
     if layer.moe_config.is_lora_enabled:
-        return "LoRA adapters are indexed by expert id; drop --enable-lora"
+        return reasons.LORA
     method = type(layer.quant_method)
     if (
         issubclass(method, UnquantizedFusedMoEMethod)
         and method is not UnquantizedFusedMoEMethod
     ):
-        whose = (
-            "a model's own"
-            if method.__module__.startswith("vllm.")
-            else "another plugin's"
+        owner = "a model" if method.__module__.startswith("vllm.") else "another plugin"
+        return (
+            f"its method {method.__module__}.{method.__qualname__} belongs to {owner}"
         )
-        return f"its method {method.__module__}.{method.__qualname__} is {whose}"
     return backend.objection(layer)
 
 
 def top_k_objection(moe_config: FusedMoEConfig) -> str | None:
-    """Why no router can choose so many experts."""
+    """Why no router can choose so many experts for a token, or None."""
     top_k, experts = moe_config.experts_per_token, moe_config.num_experts
     if 1 <= top_k <= experts:
         return None
     return (
         f"its router chooses {top_k} of {experts} experts for a token, and the number "
-        f"must lie in 1 ... {experts}; correct the model's config.json"
+        f"must lie in 1 ... {experts}: correct the model's config.json"
     )
 
 
 def runner_objection(runner: MoERunner) -> str | None:
-    """Why what a runner computes may not fit slots: one of a model's own may read the
-    experts' weights by its own ids, and rows are not ids."""
+    """Why a runner cannot run a layer with slots, or None. A runner class of a model's
+    own may read the experts' weights by expert id, and rows are not ids."""
     own = _stock_class(runner)
-    if _RUNNERS.get(own.__module__) == own.__name__:
+    if STOCK_RUNNERS.get(own.__module__) == own.__name__:
         return None
     return (
-        f"it is run by {own.__module__}.{own.__name__}, which is not known to leave "
-        "the experts' weights to the kernel"
+        f"it is run by {own.__module__}.{own.__name__}, which may read the experts' "
+        "weights by expert id"
     )
 
 
 def decode_objection(module: torch.nn.Module) -> str | None:
-    """Why a part of a model would read the experts' weights past their tables."""
-    for attribute in _OWN_DECODE:
+    """Why a part of a model would read the experts' weights past the slots' tables, or
+    None."""
+    for attribute in OWN_DECODE:
         if getattr(module, attribute, None) is not None:
-            return (
-                f"it has decode kernels of its own ({attribute}), which read the "
-                "experts' weights by expert id"
-            )
-    return None
-
-
-def experts_elsewhere(model: torch.nn.Module, model_config: Any) -> str | None:
-    """The name of a parameter that holds routed experts, or their router, in a model
-    without a fused-MoE layer; None where it has no such parameter: then no layer of it
-    is a MoE layer.
-
-    An implementation of its own has one parameter for all experts of a layer, the
-    expert first, or one for each, with `expert` in its name. Its router is a matrix
-    with a row for each expert.
-    """
-    if not model_config.is_moe:
-        return None
-    num_experts = model_config.get_num_experts()
-    for name, parameter in model.named_parameters():
-        parts = [
-            part for part in name.split(".") if not part.startswith("shared_expert")
-        ]
-        stacked = parameter.dim() > 1 and len(parameter) == num_experts
-        if stacked or any("expert" in part for part in parts):
-            return name
+            return f"{reasons.OWN_DECODE} ({attribute})"
     return None
 
 

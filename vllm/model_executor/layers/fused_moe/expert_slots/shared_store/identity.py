@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What makes two host stores the same: the checkpoint, the layout of a rank, and the
-versions of what turned one into the other."""
+"""The identity of a host store: the checkpoint, the rank's layout, and the versions of
+the software that processed one for the other."""
 
 import json
 from importlib.metadata import version
@@ -27,7 +27,7 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
 def checkpoint_directory(
     vllm_config: VllmConfig, model_config: ModelConfig
 ) -> Path | None:
-    """Where a model's files lie on this machine; None if they are not here (yet)."""
+    """The directory of a model's files on this machine; None if they are not here."""
     directory = Path(model_config.model)
     if directory.is_dir():
         return directory
@@ -47,11 +47,15 @@ def checkpoint_directory(
 def store_identity(
     vllm_config: VllmConfig, model_config: ModelConfig, directory: Path, rank: int
 ) -> dict[str, Any]:
-    """Everything that the bytes of one rank's host store follow from, as JSON.
+    """Everything that determines the bytes of one rank's host store, as JSON.
 
-    A weight file counts by name, size and time of its last change, the configuration by
-    content. Settings that do not change an expert (`max_model_len`, the number of
-    slots) do not count.
+    Weight files are told apart by name, size and time of the last change, configuration
+    files by content. Settings that do not change an expert (`max_model_len`, the number
+    of slots) are left out.
+
+    Args:
+        directory: of the model's files.
+        rank: in vLLM's world group.
     """
     parallel = vllm_config.parallel_config
     weights = []
@@ -89,7 +93,7 @@ def store_identity(
 
 
 def _canonical(value: Any) -> str:
-    """JSON that does not change from process to process."""
+    """JSON that is the same in every process."""
 
     def plain(value: Any) -> Any:
         return (

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Whether a checkpoint brought every expert whole. Where an expert tensor is missing or
-too small, stock vLLM serves whatever the memory held; where it is too large, stock may
-cut it. No model may be served from such a host store.
+"""Whether a checkpoint brought every expert whole. If an expert tensor is missing or
+too small, stock vLLM serves what the memory happened to hold. If it is too large, stock
+may cut it. No model may be served from such a host store.
 
-Two checks. A tensor that is handed to the layer's weight loader must have the shape of
-its part of the unpadded parameter (`check_shape`). And each element of a parameter must
-have been copied to, whoever copied (`watching`, `check`): some models copy into the
-parameters themselves.
+There are two checks. A tensor that reaches the layer's weight loader must have the
+shape of its part of the unpadded parameter (`check_shape`). And each element of a
+parameter must have been copied to (`watching`, `check`), also by models that copy into
+the parameters themselves.
 """
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from math import prod
 from typing import Any
 
@@ -24,41 +23,34 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+from vllm.model_executor.layers.fused_moe.expert_slots.refusals.load_formats import (
+    brings_every_tensor,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.regions import (
+    Region,
+    by_row,
+    elements,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import (
     per_expert_parameters,
 )
 
-_TENSOR_BY_TENSOR = {
-    "auto",
-    "hf",
-    "safetensors",
-    "pt",
-    "npcache",
-    "mistral",
-    "runai_streamer",
-}
-"""Load formats that bring every tensor of a checkpoint."""
-
 _REQUIRED = ("_weight", "_weight_packed", "_qweight")
-"""Ends of the names of parameters that a checkpoint must fill. Others (biases, scales)
-it may lack; what it has of them it must have for all experts."""
-
-Region = tuple[int, tuple[tuple[int, int], ...]]
-"""A part of one expert's elements: the first one's offset, and (stride, size) of each
-dimension."""
+"""Ends of the names of parameters that a checkpoint must fill. It may lack others, such
+as biases and scales, but not for some of the experts only."""
 
 
 class LoadCoverage:
     """What a checkpoint brought of one layer's experts.
 
     Args:
-        layer: a `RoutedExperts` whose parameters, [E, ...] each, were created and are
-            empty.
+        layer: a `RoutedExperts` with empty parameters, [E, ...] each.
+        load_format: vLLM's, of the checkpoint.
     """
 
     def __init__(self, layer: Any, load_format: str):
         self._layer = layer
-        self._complete_expected = str(load_format) in _TENSOR_BY_TENSOR
+        self._complete_expected = brings_every_tensor(load_format)
         self._names = {id(p): name for name, p in layer.named_parameters(recurse=False)}
         self._copied: dict[str, dict[int, set[Region]]] = {}
         self.watched: dict[str, torch.Tensor] = {}
@@ -76,50 +68,46 @@ class LoadCoverage:
         anything.
 
         Raises:
-            MoEPrefetchError: the tensor has another shape than this part of an expert.
+            MoEPrefetchError: the shape is not that of this part of an expert.
         """
         needed = self._parts(self._names.get(id(param), weight_name)).get(shard_id)
         if needed is None:
             return
         if loaded_weight.dim() == 3:  # of all experts, [E, ...]
             needed = (self._layer.local_num_experts, *needed)
-            whose = "all experts"
+            of = "all experts"
         else:
-            whose = f"expert {expert_id}"
+            of = f"expert {expert_id}"
         if tuple(loaded_weight.shape) != needed:
             name = self._names.get(id(param), weight_name)
-            raise self._misfit(
-                name, f"{shard_id} of {whose}", loaded_weight.shape, needed
-            )
+            raise self._misfit(name, f"{shard_id} of {of}", loaded_weight.shape, needed)
 
     def copied(self, name: str, view: torch.Tensor, source: torch.Tensor) -> None:
         """Records that `source` is copied into `view`, a part of the watched parameter
         `name`.
 
         Raises:
-            MoEPrefetchError: for an unquantised parameter, the two differ in size.
-                (Torch would repeat a smaller source.)
+            MoEPrefetchError: the parameter is unquantised, and the two differ in size.
+                Torch would repeat a smaller source.
         """
         parameter = self.watched[name]
         if source.numel() != view.numel():
             if self._parts(name):
                 part = "all experts" if view.dim() == parameter.dim() else "an expert"
                 raise self._misfit(name, part, source.shape, view.shape)
-            if (
-                source.numel() > 1
-            ):  # One value for all is a scale's way; nothing else is whole.
-                return
+            if source.numel() > 1:
+                return  # A scale may be one value for all. Nothing else is whole.
         offset = (view.data_ptr() - parameter.data_ptr()) // parameter.element_size()
         dimensions = zip(view.stride(), view.shape, strict=True)
         extents = sorted(
             ((stride, size) for stride, size in dimensions if size > 1), reverse=True
         )
         experts = self._copied.setdefault(name, {})
-        for expert, region in _by_row(offset, tuple(extents), parameter[0].numel()):
+        for expert, region in by_row(offset, tuple(extents), parameter[0].numel()):
             experts.setdefault(expert, set()).add(region)
 
     def watch(self) -> None:
-        """Begins: the layer's parameters have the memory that will be loaded into."""
+        """Begins to watch the memory that the layer's parameters have now."""
         if self._complete_expected:
             parameters = per_expert_parameters(
                 self._layer, self._layer.local_num_experts
@@ -129,12 +117,11 @@ class LoadCoverage:
             }
 
     def unwatch(self) -> None:
-        """Ends: the memory is not kept alive when weights are processed into other
-        memory."""
+        """Ends watching, so that this object does not keep the memory alive."""
         self.watched, self._copied = {}, {}
 
     def check(self) -> None:
-        """Checks the layer once its weights have been read and before they are
+        """Checks the layer after its weights have been read and before they are
         processed.
 
         Raises:
@@ -147,13 +134,11 @@ class LoadCoverage:
                 continue
             size = parameter[0].numel()
             got = [
-                _elements(size, frozenset(regions.get(e, ())))
+                elements(size, frozenset(regions.get(e, ())))
                 for e in range(len(parameter))
             ]
             needed = self._unpadded(name) or max(got) or size
-            broken = [
-                expert for expert, elements in enumerate(got) if elements < needed
-            ]
+            broken = [expert for expert, count in enumerate(got) if count < needed]
             if broken:
                 more = f" and of {len(broken) - 1} more" if len(broken) > 1 else ""
                 raise MoEPrefetchError(
@@ -165,8 +150,8 @@ class LoadCoverage:
 
     def _parts(self, name: str) -> dict[str, tuple[int, ...]]:
         """The shape in the checkpoint of each part of one expert's `name`, by the
-        weight loader's shard_id. Empty where it cannot be known: packed weights and
-        scales."""
+        weight loader's shard_id. Empty for packed weights and scales, whose shapes are
+        not known here."""
         if not isinstance(self._layer.quant_method, UnquantizedFusedMoEMethod):
             return {}
         config = self._layer.moe_config
@@ -186,8 +171,8 @@ class LoadCoverage:
         return parts.get(name, {})
 
     def _unpadded(self, name: str) -> int | None:
-        """Elements of one expert's `name` on this rank without padding; None where it
-        cannot be known, and the fullest expert shows it."""
+        """Elements of one expert's `name` on this rank without padding. None if that is
+        not known; then the expert with the most elements is taken for whole."""
         parts = self._parts(name)
         if not parts:
             return None
@@ -199,7 +184,7 @@ class LoadCoverage:
         return shards * prod(part) // config.moe_parallel_config.tp_size
 
     def _in_checkpoint(self, local: int) -> int:
-        """The checkpoint's number of an expert that this rank counts as `local`."""
+        """The checkpoint's number of this rank's expert `local`."""
         to_local = self._layer._map_global_expert_id_to_local_expert_id
         experts = range(self._layer.global_num_experts)
         return next((e for e in experts if to_local(e) == local), local)
@@ -216,7 +201,7 @@ class LoadCoverage:
 
 @contextmanager
 def watching(coverages: Sequence[LoadCoverage]) -> Iterator[None]:
-    """Within, weights are read into the layers of `coverages`; at the end each is
+    """Within, weights are read into the layers of `coverages`. At the end each layer is
     checked.
 
     Raises:
@@ -235,8 +220,7 @@ def watching(coverages: Sequence[LoadCoverage]) -> Iterator[None]:
 
 
 class _Copies(TorchDispatchMode):
-    """Tells each coverage what is copied into its parameters, by whatever loader, on
-    this thread."""
+    """Tells each coverage what this thread copies into its parameters."""
 
     def __init__(self, coverages: Sequence[LoadCoverage]):
         super().__init__()
@@ -270,48 +254,9 @@ class _Copies(TorchDispatchMode):
 
 
 _COPIES = {torch.ops.aten.copy_.default, torch.ops.aten.fill_.Tensor}
-"""What `view.copy_(tensor)` and `view[...] = tensor` come to."""
+"""The operators of `view.copy_(tensor)` and `view[...] = tensor`."""
 
 _FILLS = {torch.ops.aten.zero_.default, torch.ops.aten.fill_.Scalar}
-"""How a model sets experts that no checkpoint has, which pad its layout (Inkling). To
-set a whole parameter so is no such thing: a missing expert would be zeros."""
-
-
-def _by_row(
-    offset: int, extents: tuple[tuple[int, int], ...], row: int
-) -> Iterator[tuple[int, Region]]:
-    """What a view of a tensor [E, ...] has of each row that it touches.
-
-    Args:
-        offset: elements before the view's first.
-        extents: (stride, size) of its dimensions, by falling stride.
-        row: elements of a row.
-    """
-    last = offset + sum(stride * (size - 1) for stride, size in extents)
-    first = offset // row
-    if last // row == first:
-        yield first, (offset - first * row, extents)
-    elif last - offset + 1 == prod(size for _, size in extents):  # without gaps
-        for index in range(first, last // row + 1):
-            begin, end = max(offset, index * row), min(last + 1, (index + 1) * row)
-            yield index, (begin - index * row, ((1, end - begin),))
-    else:
-        (stride, size), *inner = extents
-        for index in range(size):
-            yield from _by_row(offset + index * stride, tuple(inner), row)
-
-
-@cache
-def _elements(row: int, regions: frozenset[Region]) -> int:
-    """How many of `row` elements lie in one of `regions`."""
-    sizes = [prod(size for _, size in extents) for _, extents in regions]
-    if len(sizes) < 2:
-        return sum(sizes)
-    touched = torch.zeros(row, dtype=torch.bool)
-    for offset, extents in regions:
-        shape, strides = (
-            [size for _, size in extents],
-            [stride for stride, _ in extents],
-        )
-        touched.as_strided(shape, strides, offset).fill_(True)
-    return int(touched.count_nonzero())
+"""The operators by which a model sets experts that pad its layout and are in no
+checkpoint (Inkling). A whole parameter that is set in this way does not count: a
+missing expert would be zeros."""

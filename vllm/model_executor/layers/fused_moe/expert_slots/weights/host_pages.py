@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Host memory in pages of its own.
 
-Memory is pinned and protected by pages: whatever shares a page with it would be pinned
-and protected too.
+Memory is pinned and protected by pages. What shares a page with it would be pinned and
+protected too.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 
 MAP_FIXED = 0x10
-"""Not among Python's names."""
+"""A flag of mmap that Python's module lacks."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -44,7 +44,17 @@ def map_memory(
     offset: int = 0,
     address: int | None = None,
 ) -> int:
-    """Maps memory that can be read and written, and returns its address.
+    """Maps memory that can be read and written.
+
+    Args:
+        size: in bytes.
+        flags: of mmap.
+        descriptor: of the file, or -1 for none.
+        offset: into the file.
+        address: where to map, with `MAP_FIXED`.
+
+    Returns:
+        The address.
 
     Raises:
         MoEPrefetchError: the operating system refuses.
@@ -83,8 +93,8 @@ def _refused(size: int, what: str) -> MoEPrefetchError:
 
 
 class _Bytes:
-    """Memory as numpy and torch take it, by bytes: they know neither bfloat16 nor
-    float8 there."""
+    """Memory in the form that numpy and torch accept, as bytes: their protocols have
+    neither bfloat16 nor float8."""
 
     def __init__(self, owner: object, address: int, size: int, protocol: str):
         self._owner = owner
@@ -100,7 +110,14 @@ class _Bytes:
 def tensor_over(
     owner: Any, dtype: torch.dtype, shape: Sequence[int], device: torch.device
 ) -> torch.Tensor:
-    """A tensor over the memory of `owner` (`address`, `size`), which it keeps alive."""
+    """A tensor over the memory of `owner`, which it keeps alive.
+
+    Args:
+        owner: has `address`, and `size` in bytes.
+        dtype: of the tensor.
+        shape: of the tensor; it covers the memory.
+        device: where the memory is.
+    """
     if device.type == "cuda":
         holder = _Bytes(owner, owner.address, owner.size, "__cuda_array_interface__")
         # Without a device torch would return a copy in host memory.
@@ -115,9 +132,13 @@ def tensor_over(
 
 
 class HostPages:
-    """Host memory that starts on a page and shares its pages with nobody.
+    """Host memory that starts on a page and shares no page with other memory.
 
-    It lives as long as something refers to this object; a tensor made from it does.
+    It is freed when nothing refers to this object any more. A tensor made of it does.
+
+    Attributes:
+        address: of the first byte.
+        size: in bytes.
     """
 
     _free: weakref.finalize | None = None
@@ -127,8 +148,13 @@ class HostPages:
 
     @classmethod
     def of_file(cls, descriptor: int, size: int, offset: int) -> "HostPages":
-        """Part of a file that is open for reading and writing; `offset` is a multiple
-        of a page. What is written is in the file."""
+        """Part of a file. What is written to the memory is in the file.
+
+        Args:
+            descriptor: of the file, open for reading and writing.
+            size: of the part in bytes.
+            offset: of the part in the file, a multiple of a page.
+        """
         pages = cls.__new__(cls)
         pages._take(map_memory(size, mmap.MAP_SHARED, descriptor, offset), size)
         return pages
@@ -139,19 +165,19 @@ class HostPages:
         _pages[address] = self
 
     def free_by(self, free: Callable[..., object], *arguments: Any) -> None:
-        """Lets `free` free this memory when nobody refers to it any more; it must unmap
-        it."""
+        """Has `free(*arguments)` called when nothing refers to this memory any more.
+        It must unmap the memory."""
         if self._free is not None:
             self._free.detach()
         self._free = weakref.finalize(self, free, *arguments)
-        self._free.atexit = False  # the end of the process frees it
+        self._free.atexit = False  # the end of the process frees the memory
 
     def tensor(self, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
         """All of this memory as a tensor."""
         return tensor_over(self, dtype, shape, torch.device("cpu"))
 
     def protect(self) -> None:
-        """From now on, a write ends the process."""
+        """Makes the memory read-only: from now on, a write ends the process."""
         if _libc.mprotect(self.address, self.size, mmap.PROT_READ):
             raise _refused(self.size, "protected")
 
@@ -160,7 +186,8 @@ _pages: "weakref.WeakValueDictionary[int, HostPages]" = weakref.WeakValueDiction
 
 
 def pages_of(tensor: torch.Tensor) -> HostPages | None:
-    """The pages that `tensor` lies at the start of, if it is on pages of its own."""
+    """The pages at whose start `tensor` lies, or None if it has no pages of its
+    own."""
     return _pages.get(tensor.data_ptr()) if tensor.device.type == "cpu" else None
 
 

@@ -8,7 +8,7 @@ from itertools import groupby
 
 import torch
 
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.elastic import Memory
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.memory import Memory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import ExpertStore
 
 
@@ -16,13 +16,13 @@ class ExpertRows:
     """A layer's parameters as E rows, of which the last N are slots
     (`decisions/step.py`).
 
-    The parameters keep their identity and only change their data, so that whatever
-    refers to them (quantisation config, kernels) follows.
+    The parameters are the same objects with other data, so kernels and the quantisation
+    config, which refer to them, follow.
 
     Attributes:
         tensors: parameter name -> [E, ...].
-        slots: parameter name -> [N, ...], a view of its last rows.
-        memory: where the rows lie; layers that share it share their staging.
+        slots: parameter name -> [N, ...], a view of the last rows.
+        memory: where the rows lie. Layers that share it share their staging rows.
     """
 
     def __init__(
@@ -61,13 +61,18 @@ class ExpertRows:
         )
 
     def load(self, experts: Sequence[int], rows: Sequence[int]) -> None:
-        """Copies each of `experts` from the store into its row."""
+        """Copies each of `experts` from the store into the row of the same place in
+        `rows`."""
         for expert, row in zip(experts, rows, strict=True):
             torch._foreach_copy_(self._rows[row], self._homes[expert])
 
     def fill_slots(self, residents: Sequence[int]) -> None:
-        """Loads the expert of each slot, [N]. Ids that follow each other are copied
-        together: experts 0 ... N-1 are one copy a tensor."""
+        """Loads all slots.
+
+        Args:
+            residents: the expert of each slot, N of them. Ids that follow each other
+                are copied together: experts 0 ... N-1 take one copy a tensor.
+        """
         for _, run in groupby(
             enumerate(residents), key=lambda entry: entry[1] - entry[0]
         ):

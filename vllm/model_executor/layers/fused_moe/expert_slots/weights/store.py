@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The home of every per-expert tensor of a layer, in host memory: never evicted, never
-written after loading."""
+"""The experts of a layer in host memory, complete, and not written after loading."""
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 
@@ -15,9 +15,10 @@ _NOT_IN_SLOTS = {
     "w13_input_scale",
     "w2_input_scale",
 }
-"""Parameters of a layer that may have a row per expert and are none of an expert's: the
-router's, which sees all experts, and activation scales that are one value broadcast
-over them. vLLM's EPLB leaves out the same (`RoutedExperts.get_expert_weights`)."""
+"""Parameters of a layer that may have a row for each expert and yet do not belong to
+it: those of the router, which sees all experts, and activation scales, which are one
+value for all experts. vLLM's EPLB leaves out the same
+(`RoutedExperts.get_expert_weights`)."""
 
 
 class ExpertStore:
@@ -25,7 +26,8 @@ class ExpertStore:
 
     Attributes:
         tensors: parameter name -> [E, ...] host tensor.
-        bytes_per_expert: bytes one expert takes over all tensors.
+        num_experts: E.
+        bytes_per_expert: bytes of one expert in all tensors.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]):
@@ -43,11 +45,16 @@ class ExpertStore:
 def per_expert_parameters(
     layer: torch.nn.Module, num_experts: int, only: set[str] | None = None
 ) -> dict[str, torch.nn.Parameter]:
-    """The layer's parameters that hold one row per expert, `only` those named if given.
+    """The layer's parameters that have a row for each expert.
+
+    Args:
+        layer: a `RoutedExperts`.
+        num_experts: rows that such a parameter has.
+        only: the names to choose from; all if None.
 
     Raises:
         MoEPrefetchError: the quantisation config holds per-expert tensors that are not
-            parameters of the layer: slots could not follow them.
+            parameters of the layer, so slots cannot follow them.
     """
     parameters = {
         name: parameter
@@ -59,7 +66,8 @@ def per_expert_parameters(
     }
     storages = {p.untyped_storage().data_ptr() for p in parameters.values()}
     identities = {id(p) for p in parameters.values()}
-    quant_config = layer.quant_method.moe_quant_config
+    method: Any = layer.quant_method
+    quant_config = method.moe_quant_config
     for side in ("_w1", "_w2"):
         descriptor = getattr(quant_config, side, None)
         for field in fields(descriptor) if descriptor is not None else ():

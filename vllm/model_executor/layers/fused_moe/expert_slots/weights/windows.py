@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Reads safetensors files in windows, so that loading never holds a file beside the
-host store.
+"""Reads safetensors files in windows, so that loading never holds a whole file beside
+the host store.
 
-An open safetensors file is mapped whole: every page that was read counts as this
-process's memory until the file is closed, which for a checkpoint in one file is a
-second copy of it.
+An open safetensors file is mapped whole. Each page that was read counts as memory of
+this process until the file is closed, so a checkpoint in one file would be in memory
+twice.
 """
 
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ from vllm.model_executor.model_loader import weight_utils
 from vllm.model_executor.layers.fused_moe.expert_slots.replacing import replaced
 
 WINDOW_BYTES = 128 << 20
-"""Bytes read before a file is mapped anew."""
+"""Bytes that are read before the file is mapped anew."""
 
 
 class WindowedSafeOpen:
     """Stands in for `safetensors.safe_open`: closes and opens the file as it is read.
-    Tensors that were handed out stay valid, each with its mapping."""
+    Tensors that it returned stay valid, each with its mapping."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._arguments = args, kwargs

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What reaches a layer without any arguments, by the environment or by a VllmConfig
+of a script, is refused by the layer with the same reasons."""
+
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.backend import CPUBackend
+from vllm.model_executor.layers.fused_moe.expert_slots.refusals import reasons
+from vllm.model_executor.layers.fused_moe.expert_slots.refusals.layers import (
+    layer_objection,
+)
+
+SERVED = {"dp_size": 1, "pcp_size": 1, "enable_eplb": False, "is_lora_enabled": False}
+
+
+class Layer(RoutedExperts):
+    """As stock has built one, as far as the objections ask."""
+
+    def __init__(self, **given: object):
+        nn.Module.__init__(self)
+        parallel = SimpleNamespace(**SERVED | given)
+        self.moe_config = SimpleNamespace(
+            moe_parallel_config=parallel,
+            is_lora_enabled=parallel.is_lora_enabled,
+            experts_per_token=2,
+            num_experts=16,
+        )
+        self.quant_method = SimpleNamespace()
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"dp_size": 2}, reasons.DATA_PARALLEL),
+        ({"pcp_size": 2}, reasons.CONTEXT_PARALLEL),
+        ({"enable_eplb": True}, reasons.EPLB),
+        ({"is_lora_enabled": True}, reasons.LORA),
+    ],
+)
+def test_the_layer_gives_the_reason(given, reason):
+    backend = SimpleNamespace(objection=lambda layer: None)
+    assert layer_objection(Layer(), backend) is None
+    assert layer_objection(Layer(**given), backend) == reason
+
+
+def test_a_layer_is_looked_at_itself():
+    """Its top-k, and a class that rewrites expert ids."""
+    backend = SimpleNamespace(objection=lambda layer: None)
+    layer = Layer()
+    layer.moe_config.experts_per_token = 17
+    assert "chooses 17 of 16 experts" in str(layer_objection(layer, backend))
+    own = type("Rewriting", (Layer,), {"forward_modular": lambda self: None})
+    assert "Rewriting rewrites expert ids" in str(layer_objection(own(), backend))
+
+
+def test_the_cpus_kernels_take_no_expert_map():
+    method = SimpleNamespace(experts_cls=type("CPUExpertsBf16", (), {}))
+    for use_ep, refused in ((False, False), (True, True)):
+        layer = SimpleNamespace(use_ep=use_ep, quant_method=method)
+        assert ("expert map" in str(CPUBackend().objection(layer))) == refused

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The vLLM that runs is the one that TEST_VLLM asks for, here and in the processes that
+tests start; and the versions that are tested are those that the package declares."""
+
+import subprocess
+import sys
+
+import pytest
+
+import vllm
+from tests.conftest import ASKED_VLLM
+from tests.support import ROOT
+from tools.vllm_versions import RELEASES, VERSIONS, release
+from vllm.plugins.moe_gpu_prefetch.stock.seams import SUPPORTED
+
+PRINT = "import vllm; print(vllm.__version__.partition('+')[0])"
+
+
+def test_this_process_runs_the_version_that_was_asked_for():
+    """Nothing imported another one before."""
+    assert vllm.__version__.partition("+")[0] == ASKED_VLLM.partition("+")[0]
+
+
+def test_a_process_started_here_runs_the_same_version():
+    """The commands that tests start find it too, by PYTHONPATH."""
+    result = subprocess.run(
+        [sys.executable, "-c", PRINT], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.stdout.strip() == vllm.__version__.partition("+")[0], result.stderr
+
+
+def test_the_versions_are_those_that_we_declare():
+    """One of each minor version in the range, and the range holds no other."""
+    assert {version.rpartition(".")[0] for version in VERSIONS} == {"0.32", "0.33"}
+    assert all(version in SUPPORTED for version in VERSIONS)
+    assert "0.31.9" not in SUPPORTED and "0.34.0" not in SUPPORTED
+
+
+def test_a_release_that_cannot_be_fetched_ends_with_what_pip_said():
+    """In one line, with the version; nothing is left below the environment."""
+    with pytest.raises(LookupError) as error:
+        release("0.0.0.1")
+    assert str(error.value) == (
+        "vLLM 0.0.0.1 could not be fetched: No matching distribution found for "
+        f"vllm==0.0.0.1. Give a published version, like {VERSIONS[-1]}."
+    )
+    assert not list(RELEASES.glob("0.0.0.1*"))

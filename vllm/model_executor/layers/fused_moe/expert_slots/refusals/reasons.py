@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Reasons that are given in two places: for arguments, before the start; and for a
+layer, while it is built, or for a call of the running worker. The environment
+(VLLM_DP_SIZE) and a VllmConfig that a script makes itself reach a layer without any
+arguments."""
+
+DATA_PARALLEL = (
+    "data-parallel ranks exchange tokens after the slots were chosen; exact results "
+    "have not been verified for this"
+)
+CONTEXT_PARALLEL = (
+    "ranks of prefill context parallelism exchange tokens after the slots were chosen; "
+    "exact results have not been verified for this"
+)
+EPLB = "EPLB moves experts between ranks, and the slots' tables would not follow"
+LORA = "adapters are indexed by expert id, and the kernel gets row numbers"
+NEVER_WRITTEN = "the experts in host memory are never written after loading"
+OWN_DECODE = "a model's own decode kernels read the experts' weights by expert id"

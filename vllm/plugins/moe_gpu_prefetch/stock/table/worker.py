@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The worker of a slotted model, and the metrics of its engine."""
+
+from vllm.plugins.moe_gpu_prefetch.stock.seam import relied_on, wrapped
+
+_WORKER = "vllm.v1.worker.gpu_worker:Worker"
+_METRICS = "vllm.v1.metrics.prometheus"
+
+WORKER = (
+    *(
+        wrapped(
+            f"{worker}.compile_or_warm_up_model",
+            "undoes what warm-up batches loaded and counted",
+            in_tree="one call at the end of this method",
+            deferred=True,
+        )
+        for worker in (_WORKER, "vllm.v1.worker.cpu_worker:CPUWorker")
+    ),
+    wrapped(
+        f"{_WORKER}.shutdown",
+        "writes the residents for the next start, if warm_start names a directory; "
+        "executors call it when a worker ends, also after SIGTERM",
+        in_tree="one call at the beginning of this method",
+        deferred=True,
+    ),
+    *(
+        wrapped(
+            f"{_WORKER}.{name}",
+            "is refused for a slotted model, before anything has changed",
+            in_tree="a check at the beginning of this method",
+            deferred=True,
+        )
+        for name in (
+            "reload_weights",
+            "reset_weights",
+            "compute_weight_checksums",
+            "save_tensorized_model",
+        )
+    ),
+    relied_on(
+        f"{_METRICS}:get_prometheus_registry",
+        "is prometheus_client's global registry, unless there are several API servers",
+        in_tree="the samples are made in PrometheusStatLogger",
+    ),
+    relied_on(
+        f"{_METRICS}:unregister_vllm_metrics",
+        "removes vLLM's own metrics by `_name`, which a collector does not have",
+    ),
+    relied_on(
+        "vllm.envs:VLLM_RAY_EXTRA_ENV_VARS_TO_COPY",
+        "tells workers on Ray where the counters lie",
+    ),
+    relied_on(
+        "vllm.ray.ray_env:get_env_vars_to_copy",
+        "reads that list where a process is started on Ray",
+    ),
+    relied_on(
+        "vllm.config.parallel:ParallelConfig.data_parallel_backend",
+        "tells, with distributed_executor_backend, whether processes start on Ray",
+    ),
+    relied_on(
+        "vllm.config.parallel:ParallelConfig.node_rank",
+        "tells, with nnodes, that some counters are on other nodes (fields)",
+    ),
+)
