@@ -6,6 +6,7 @@ Usage: python -m benchmarks.gpu.engine REQUEST, a JSON object of `serving.py`. T
 line of the output is what was measured, as JSON.
 """
 
+import functools
 import gc
 import itertools
 import json
@@ -127,6 +128,7 @@ def watch_loading(measured: Row) -> None:
 
     load_model = BaseModelLoader.load_model
 
+    @functools.wraps(load_model)
     def watched(*args: Any, **kwargs: Any) -> Any:
         torch.cuda.reset_peak_memory_stats()
         before, _ = torch.cuda.mem_get_info()

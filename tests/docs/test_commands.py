@@ -71,6 +71,7 @@ RUN_BY = {
     ),
     r"curl .*": "engine/test_server.py::test_answers_equal_stock",
     r"python -c .*": "docs/test_commands.py::test_its_parser_takes_the_arguments",
+    r"pip uninstall .*": NOT_RUN + "the tests need the package",
     r"pip install .*": NOT_RUN + "`make install` installs the same package",
     r"docker (build|compose) .*": (
         "examples/test_deployment.py::test_the_image_is_of_a_supported_vllm"

@@ -9,6 +9,7 @@ Without SLOTS the engine is stock's. The process answers each line `pss` of its 
 with its share of memory, and ends with the input.
 """
 
+import functools
 import json
 import os
 import sys
@@ -30,6 +31,7 @@ def watched(load_model: Any, measured: dict[str, Any]) -> Any:
     """Wraps a loader's `load_model`: its time, and the peak of memory above what there
     was."""
 
+    @functools.wraps(load_model)
     def load(*args: Any, **kwargs: Any) -> Any:
         with open("/proc/self/clear_refs", "w") as peak:
             peak.write("5")  # the peak starts anew

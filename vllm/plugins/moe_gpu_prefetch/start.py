@@ -54,6 +54,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.trust import
     make_place,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.sizes import gib
+from vllm.model_executor.layers.fused_moe.expert_slots.warm_start import WARM_START
 from vllm.plugins.moe_gpu_prefetch.command import gpu_elsewhere
 
 logger = init_logger(__name__)
@@ -197,7 +198,7 @@ def settle(vllm_config: VllmConfig) -> None:
     if reason and slots < planner.num_experts:
         raise MoEPrefetchError(f"--moe-gpu-prefetch {config.slots}: {reason}")
     if config.warm_start is not None:
-        make_place(Path(config.warm_start), "warm_start")
+        make_place(Path(config.warm_start), WARM_START)
     _refuse_a_full_place(config, planner, slots)
     additional: Any = vllm_config.additional_config
     vllm_config.additional_config = {**additional, SLOTS_KEY: slots}
