@@ -53,6 +53,8 @@ test-all: $(READY)
 		TEST_VLLM=$$version $(MAKE) $(AT_A_TIME) $(filter-out test-on-next,$(PARTS)) EXHAUSTIVE="-m ''" || status=1; \
 	done; exit $$status
 
+# One test: .venv/bin/python -m pytest tests/decisions -k NAME, with TRITON_INTERPRET=1 in
+# front for tests/cuda.
 PYTEST = $(BIN)/python -m pytest $(EXHAUSTIVE)
 
 test-engine: $(READY)
@@ -72,6 +74,8 @@ test-memory: $(READY)
 test-endurance: $(READY)
 	$(PYTEST) tests/endurance
 
+# To save minutes -k leaves out the demo and what starts more processes of its own
+# (`vllm bench`, `run-batch`, the server with a YAML file): these run on the installed vLLM.
 test-on-next: export TEST_VLLM = $(NEXT_VLLM)
 test-on-next: $(READY)
 	$(PYTEST) tests/test_vllm_version.py tests/plugin/test_seams.py tests/plugin/test_versions.py \

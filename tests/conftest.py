@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Fixtures of all tests, and the vLLM that they import: the installed one, or the
+release in `TEST_VLLM`. No test downloads a model."""
+
 import logging
 import os
 from collections.abc import Callable, Iterator

@@ -34,7 +34,7 @@ TESTS = {
     "stock/unsupported.py": PLUGINS,
 }
 CUDA_TESTS = {"cuda/backend.py": ON_CUDA, "refusals/layers.py": ON_CUDA[:1]}
-LISTS = ("CONFLICTS", "UNTESTED", "OWN_DECODE")
+LISTS = ("CONFLICTS", "UNTESTED", "DECODE_ATTRIBUTES")
 NOTHING = "NOTHING"
 
 
@@ -69,8 +69,8 @@ class Without(ast.NodeTransformer):
         return ast.Return(ast.Constant(None)) if self._taken(node) else node
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
-        if ast.unparse(node.targets[0]) in LISTS:
-            elements = node.value.elts  # type: ignore[attr-defined]
+        elements = getattr(node.value, "elts", None)
+        if elements is not None and ast.unparse(node.targets[0]) in LISTS:
             elements[:] = [e for e in elements if not self._taken(e)]
         return node
 

@@ -16,7 +16,7 @@ EXPERTS, STAGED = 8, 5
 
 
 class Machine:
-    """A test has a stand-in for it."""
+    """One GPU, by its number. The tests of these checks use a stand-in for it."""
 
     def __init__(self, driver: Driver, device: int = 0):
         self.driver, self.device = driver, device

@@ -37,13 +37,10 @@ def test_a_step_that_needs_a_gpu_is_refused_by_name(step, monkeypatch, capsys):
 
 
 STAND_IN = """
-import json, os, sys
-from types import SimpleNamespace
-from triton.backends import backends
+import json
+from tests.support.interpreter import keep_triton
 
-# vLLM drops triton where no driver is active; the interpreter needs none.
-active = type("InterpreterDriver", (), {"is_active": staticmethod(lambda: True)})
-backends["cpu"] = SimpleNamespace(driver=active)
+keep_triton()
 
 from benchmarks.gpu import memory as memory_checks
 from benchmarks.gpu.machine import Machine

@@ -31,7 +31,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.capacity.plan import (
     MoELayer,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.planner import (
-    MemoryPlanner,
+    CapacityPlanner,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
@@ -142,6 +142,12 @@ def test_the_smallest_gpu_counts(monkeypatch):
     assert gpus.smallest_gpu(of_ranks(2)) is None
 
 
+def test_a_full_gpu_is_the_smallest(monkeypatch):
+    """Nothing free is less than anything."""
+    on_gpus(monkeypatch, (0, 24), (18, 24))
+    assert gpus.smallest_gpu(of_ranks(2)) == GpuMemory(total=24, free=0)
+
+
 def test_the_gpus_that_the_ranks_get(monkeypatch):
     """`--device-ids` names them. Where Ray and torchrun place the ranks is not known
     yet."""
@@ -178,7 +184,7 @@ def test_a_rank_with_fewer_experts_than_the_top_k():
         host_is_device=False, page=2 << 20, max_num_seqs=4, max_model_len=64,
         shortens=False, rows_per_sequence=1,
     )  # fmt: skip
-    planner = MemoryPlanner([rank], Limits(gpu_bytes=24 * GIB, **limits))
+    planner = CapacityPlanner([rank], Limits(gpu_bytes=24 * GIB, **limits))
     assert planner.largest() == planner.meant("1GiB") == planner.auto() == 1
     assert start_up.expectation(planner).endswith(
         "0 at 1, 1 at 4, 1 at 16, 1 at 64 sequences"
@@ -199,7 +205,7 @@ def test_a_spawned_process_measures_the_same(checkpoint, monkeypatch):
     register()
     vllm_config = EngineArgs(str(checkpoint), max_model_len=512).create_engine_config()
     forked = footprint.measure(vllm_config)
-    assert forked.footprints[0].layers and forked.objection is forked.elsewhere is None
+    assert forked.footprints[0].layers and forked.objection is forked.bypassing is None
     monkeypatch.setattr(
         footprint, "_context", lambda _: multiprocessing.get_context("spawn")
     )

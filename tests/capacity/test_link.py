@@ -17,7 +17,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.capacity.link import (
     measured_bandwidth,
     staging_copies,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import CPUMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import ExpertStore
 from vllm.plugins.moe_gpu_prefetch import report
@@ -76,7 +76,7 @@ def layer_rows(slots, experts=8):
     parameters = {
         n: torch.nn.Parameter(t.clone(), requires_grad=False) for n, t in homes.items()
     }
-    rows = ExpertRows(parameters, ExpertStore(homes), slots, HostMemory())
+    rows = ExpertRows(parameters, ExpertStore(homes), slots, CPUMemory())
     rows.fill_slots(range(slots))
     return rows
 
@@ -85,7 +85,7 @@ def test_measuring_leaves_slots_and_store_as_they_were(monkeypatch):
     """It writes to staging rows only, and takes no memory except the layer's own."""
     monkeypatch.setattr(link, "_PIECE", 3 * 2_400_000 + 5)
     rows = layer_rows(3)
-    slots = {name: slot.clone() for name, slot in rows.slots.items()}
+    slots = {name: slot.clone() for name, slot in rows.slot_rows.items()}
     store = {name: home.clone() for name, home in rows.store.tensors.items()}
     copies = list(staging_copies(rows))
     assert [target.nbytes for target, _ in copies] == [5 * 24, 3 * 2_400_000]
@@ -97,7 +97,7 @@ def test_measuring_leaves_slots_and_store_as_they_were(monkeypatch):
         )
     assert measured_bandwidth(copies) > 0
     for name in rows.tensors:
-        assert torch.equal(rows.slots[name], slots[name])
+        assert torch.equal(rows.slot_rows[name], slots[name])
         assert torch.equal(rows.store.tensors[name], store[name])
     assert torch.equal(rows.tensors["w2"][:3], store["w2"][:3])  # it was copied
 
@@ -150,7 +150,7 @@ def test_uniform_routing_loads_what_the_formula_says():
     experts, top_k, slots, steps = 32, 4, 12, 3000
     home = {"w": torch.zeros(experts, 1)}
     parameters = {"w": torch.nn.Parameter(torch.zeros(experts, 1), requires_grad=False)}
-    rows = ExpertRows(parameters, ExpertStore(home), slots, HostMemory())
+    rows = ExpertRows(parameters, ExpertStore(home), slots, CPUMemory())
     manager = CPUSlotManager(MoEPrefetchConfig(slots=slots), rows)
     torch.manual_seed(0)
     for _ in range(steps):
@@ -234,7 +234,7 @@ def test_the_engine_says_it_and_answers_the_same(checkpoint, monkeypatch, reques
         llm = start(checkpoint, slots=4)
         held = [layer.slot_manager.residency() for layer in moe_layers(llm)]
         for layer in moe_layers(llm):
-            for name, slots in layer.slot_manager.rows.slots.items():
+            for name, slots in layer.slot_manager.rows.slot_rows.items():
                 home = layer.slot_manager.store.tensors[name]
                 assert torch.equal(slots, home[layer.slot_manager.residency()])
         outputs = llm.generate(["You may reproduce", "a"], sampling(8), use_tqdm=False)

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.capacity.host_memory impo
     HostMemory,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.planner import (
-    MemoryPlanner,
+    CapacityPlanner,
     distinct_experts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
@@ -46,7 +46,7 @@ def measured(llm):
     """Bytes of slots, staging and store that a running engine really holds."""
     layers = moe_layers(llm)
     slots = sum(
-        t.nbytes for layer in layers for t in layer.slot_manager.rows.slots.values()
+        t.nbytes for layer in layers for t in layer.slot_manager.rows.slot_rows.values()
     )
     (memory,) = {layer.slot_manager.rows.memory for layer in layers}
     rows = [t for layer in layers for t in layer.slot_manager.rows.tensors.values()]
@@ -126,13 +126,13 @@ def kv_caches(llm):
 
 def record_plans(monkeypatch, planned):
     """Appends every plan that an engine starts with, and its planner."""
-    settled = MemoryPlanner.refuse
+    settled = CapacityPlanner.refuse
 
     def refuse(self, slots, asked):
         settled(self, slots, asked)
         planned.append((self, self.plan(slots)))
 
-    monkeypatch.setattr(MemoryPlanner, "refuse", refuse)
+    monkeypatch.setattr(CapacityPlanner, "refuse", refuse)
 
 
 def give_device(monkeypatch, num_bytes):
@@ -272,7 +272,9 @@ def test_a_model_that_cannot_be_measured(checkpoint, monkeypatch, caplog_vllm, s
             start(checkpoint, slots=slots)
         return
     llm = start(checkpoint, slots=slots)
-    assert "No memory plan" in caplog_vllm.text and "no such layer" in caplog_vllm.text
+    assert (
+        "No capacity plan" in caplog_vllm.text and "no such layer" in caplog_vllm.text
+    )
     del llm
     gc.collect()
     torch.set_default_dtype(torch.float32)

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.capacity.plan import (
     MoELayer,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.planner import (
-    MemoryPlanner,
+    CapacityPlanner,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 from vllm.model_executor.layers.fused_moe.expert_slots.sizes import GIB
@@ -46,7 +46,9 @@ def planner(gpu_bytes=10 * GIB, stages=1, **limits):
         "shortens": False,
         "rows_per_sequence": 1,
     }
-    return MemoryPlanner([footprint] * stages, Limits(gpu_bytes, **(defaults | limits)))
+    return CapacityPlanner(
+        [footprint] * stages, Limits(gpu_bytes, **(defaults | limits))
+    )
 
 
 def test_the_parts_of_a_plan_add_up():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Parallel layouts on real processes: outputs are stock's in the same layout, and ranks
-that see the same routing hold the same experts without talking to each other."""
+that see the same routing hold the same experts without communication."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def assert_ranks_agree(slotted, slots):
     "slots", [8, *(pytest.param(n, marks=exhaustive) for n in (4, 16, 31))]
 )
 def test_tensor_parallel(checkpoint, tmp_path, run_stock, slots):
-    """Two ranks decide alike without talking to each other."""
+    """Two ranks decide alike without communication."""
     layout = {"tensor_parallel_size": 2}
     slotted = run_apart(checkpoint, tmp_path / "answer.json", slots=slots, **layout)
     assert slotted.outputs == run_stock(checkpoint, **layout).outputs

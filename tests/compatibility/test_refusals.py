@@ -149,9 +149,15 @@ def test_slots_of_a_draft_that_is_there_are_not(checkpoint, tmp_path):
     """A model of its own, or the model's MTP layers."""
     draft = make_checkpoint(tmp_path / "draft", experts=16, top_k=2, layers=1)
     own = {"model": str(draft), "num_speculative_tokens": 2}
-    refuse_draft_slots(*with_draft_slots(checkpoint, own))
     mtp = {"method": "mtp", "num_speculative_tokens": 1}
-    refuse_draft_slots(*with_draft_slots(make_with_mtp(tmp_path / "mtp"), mtp))
+    for model, speculation in (
+        (checkpoint, own),
+        (make_with_mtp(tmp_path / "mtp"), mtp),
+    ):
+        asked, vllm_config = with_draft_slots(model, speculation)
+        refuse_draft_slots(asked, vllm_config)
+        draft_config = vllm_config.speculative_config.draft_model_config
+        assert asked.slots_of(draft=True) == 4 and draft_config.runner_type == "draft"
 
 
 def test_a_method_whose_draft_vllm_leaves_out_has_none():
@@ -163,7 +169,7 @@ def test_a_method_whose_draft_vllm_leaves_out_has_none():
 
 
 def test_draft_slots_are_refused_before_an_engine_starts(checkpoint, monkeypatch):
-    """Before the memory plan is made."""
+    """Before the capacity plan is made."""
     monkeypatch.setattr(start_up, "settle", lambda _: pytest.fail("planned"))
     with pytest.raises(MoEPrefetchError, match="has no draft model"):
         start(

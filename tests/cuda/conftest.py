@@ -5,16 +5,12 @@ its own, with TRITON_INTERPRET=1: it must be set before triton is imported, and 
 engine, which the other tests run, must not see an interpreted triton."""
 
 import os
-from types import SimpleNamespace
 
+from tests.support.interpreter import keep_triton
 from tests.support.left_out import left_out
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from triton.backends import backends
-
-    # vLLM drops triton where no driver is active; the interpreter needs none.
-    driver = type("InterpreterDriver", (), {"is_active": staticmethod(lambda: True)})
-    backends["cpu"] = SimpleNamespace(driver=driver)  # type: ignore[index]
+    keep_triton()
 else:
 
     def pytest_pycollect_makemodule(module_path, parent):

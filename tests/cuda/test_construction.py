@@ -235,7 +235,8 @@ def test_a_method_of_a_models_own_is_refused_by_name(directory, monkeypatch):
         RoutedExperts, "_get_quant_method", lambda self, p, q, moe: own(moe)
     )
     with pytest.raises(
-        MoEPrefetchError, match=r"MuseSparkUnquantizedFusedMoE belongs to a model"
+        MoEPrefetchError,
+        match=r"MuseSparkUnquantizedFusedMoE belongs to a model: it may read weights",
     ):
         built(make_checkpoint(directory / "qwen3-moe"), 5, monkeypatch)
 

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import CPUMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda import (
     backend,
     gather_kernel,
@@ -78,7 +78,7 @@ def test_without_pinned_memory_a_layer_is_refused_first(monkeypatch):
         backend.CudaBackend().memory(torch.device("cuda:0"))
 
 
-class MappedElsewhere(HostMemory):
+class MappedElsewhere(CPUMemory):
     """Kernels reach what was pinned at another address than the host does."""
 
     def __init__(self):

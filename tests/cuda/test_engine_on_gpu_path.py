@@ -209,7 +209,7 @@ def test_warm_up_leaves_no_trace(gpu_code, checkpoint, stock, monkeypatch):
         )
         for state in (manager.totals, manager.last_needed, manager.frequency):
             assert not state.any()
-        for name, slots in manager.rows.slots.items():
+        for name, slots in manager.rows.slot_rows.items():
             assert torch.equal(slots, manager.store.tensors[name][:4])
     outputs = llm.generate(PROMPTS, [sampling(4 + i) for i in range(3)], use_tqdm=False)
     assert answers(outputs) == stock
@@ -236,7 +236,7 @@ def test_two_ranks_of_expert_parallelism_equal_stocks(checkpoint, tmp_path, plac
     with the bits of stock's two. (Stock's CPU kernels know no expert parallelism.)"""
     options = {
         "environment": {
-            "PYTHONPATH": python_path(ROOT / "tests" / "support" / "gpu_path"),
+            "PYTHONPATH": python_path(ROOT / "tests" / "support" / "gpu_path", ROOT),
             "TRITON_INTERPRET": "1",
             # Inductor would ask the interpreter for a target.
             "TORCHDYNAMO_DISABLE": "1",

@@ -13,7 +13,7 @@ from vllm.platforms import current_platform
 
 from tests.support.cuda_library import stand_in_for_cuda_library
 from tests.support.moe_layer import Layer
-from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import CPUMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda import (
     experts,
     gather_kernel,
@@ -135,7 +135,7 @@ def test_the_kernel_is_called_as_stock_calls_it(monkeypatch):
 def test_two_layers_share_staging_and_nothing_else():
     """Layer after layer, step after step: what one stages does not disturb the other's
     slots."""
-    memory = HostMemory()
+    memory = CPUMemory()
     layers = [Layer(slots=4, seed=seed, memory=memory) for seed in range(3)]
     for tokens in (30, 1, 5, 40):
         for layer in layers:
@@ -143,7 +143,7 @@ def test_two_layers_share_staging_and_nothing_else():
             assert torch.equal(layer.run("slots", *batch), layer.run("stock", *batch))
     for layer in layers:
         residents = layer.manager.residency()
-        for name, slots in layer.manager.rows.slots.items():
+        for name, slots in layer.manager.rows.slot_rows.items():
             assert torch.equal(slots, layer.tensors[name][residents])
     rows = 3 * 4 + 12
     assert memory.committed == pytest.approx(

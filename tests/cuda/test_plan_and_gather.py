@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.support.pair import Pair, make_rows, make_store, routing
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import TOTALS
-from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import CPUMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda import gather_kernel
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
     CudaSlotManager,
@@ -115,8 +115,8 @@ def test_reset_goes_back_to_the_start():
     ):
         assert torch.equal(getattr(pair.device, name), getattr(fresh, name))
     assert pair.device.counters.as_dict() == fresh.counters.as_dict()
-    for name, slots in fresh.rows.slots.items():
-        assert torch.equal(pair.device.rows.slots[name], slots)
+    for name, slots in fresh.rows.slot_rows.items():
+        assert torch.equal(pair.device.rows.slot_rows[name], slots)
 
 
 @settings(max_examples=15, deadline=None)
@@ -143,13 +143,13 @@ def test_gather_copies_rows_of_any_length_whole():
     are."""
     store = make_store(8, width=5000)
     device = CudaSlotManager(
-        MoEPrefetchConfig(slots=3), make_rows(store, 3, HostMemory())
+        MoEPrefetchConfig(slots=3), make_rows(store, 3, CPUMemory())
     )
     staging = {name: t[:5].clone() for name, t in device.rows.tensors.items()}
     device.step(torch.tensor([[6]], dtype=torch.int32))
     assert device.slot_to_expert.tolist() == [6, 1, 2]
     for name, home in store.tensors.items():
-        assert torch.equal(device.rows.slots[name], home[[6, 1, 2]])
+        assert torch.equal(device.rows.slot_rows[name], home[[6, 1, 2]])
         assert torch.equal(device.rows.tensors[name][:5], staging[name])
 
 

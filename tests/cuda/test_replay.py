@@ -13,7 +13,7 @@ from tests.cuda.recorder import Recorder
 from tests.cuda.test_experts import rank_maps
 from tests.support.cuda_library import stand_in_for_cuda_library
 from tests.support.moe_layer import HIDDEN, Layer
-from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import CPUMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda import (
     experts,
     gather_kernel,
@@ -102,7 +102,7 @@ def test_replays_equal_eager_for_hundreds_of_steps(monkeypatch, options, masked)
 
 def test_layers_in_one_graph_share_staging(monkeypatch):
     """Two layers recorded one after the other, in one memory."""
-    memory = HostMemory()
+    memory = CPUMemory()
     layers = [Layer(slots=4, seed=seed, memory=memory) for seed in range(2)]
     graphs = [Graph(layer, 8, monkeypatch) for layer in layers]
     for _ in range(20):

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu.manager import CPUSlotManager
-from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import CPUMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
     FREQUENCY_UNIT,
     MAX_HALF_LIFE,
@@ -35,7 +35,7 @@ def make_manager(
     }
     config = MoEPrefetchConfig(slots=num_slots, policy=policy, lfu_half_life=half_life)
     return CPUSlotManager(
-        config, ExpertRows(parameters, store, num_slots, memory or HostMemory())
+        config, ExpertRows(parameters, store, num_slots, memory or CPUMemory())
     )
 
 
@@ -61,7 +61,7 @@ def resident(manager: CPUSlotManager) -> set[int]:
 @given(routings())
 def test_every_step_keeps_the_invariants(case):
     num_experts, num_slots, policy, steps = case
-    memory = HostMemory()
+    memory = CPUMemory()
     manager, other_layer = (
         make_manager(num_experts, num_slots, policy, memory=memory) for _ in range(2)
     )
@@ -106,7 +106,7 @@ def test_every_step_keeps_the_invariants(case):
         assert not gone or not kept or max(gone) < min(kept)
         # Another layer writes staging; slots are this layer's own.
         other_layer.step(torch.arange(num_experts).reshape(1, -1))
-        for name, slots in manager.rows.slots.items():
+        for name, slots in manager.rows.slot_rows.items():
             assert torch.equal(slots, manager.store.tensors[name][manager.residency()])
         plan = twin.plan(topk_ids)
         assert twin.residency() == manager.residency()
@@ -159,8 +159,8 @@ def test_reset_goes_back_to_the_start():
     assert manager.residency() == fresh.residency() == [0, 1, 2]
     assert manager.counters.as_dict() == fresh.counters.as_dict()
     assert manager.history.step == 0 and not manager.history.values().any()
-    for name, slots in fresh.rows.slots.items():
-        assert torch.equal(manager.rows.slots[name], slots)
+    for name, slots in fresh.rows.slot_rows.items():
+        assert torch.equal(manager.rows.slot_rows[name], slots)
 
 
 def test_no_count_reaches_beyond_its_bits():

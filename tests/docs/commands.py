@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The shell commands that the pages print: in blocks, and inline."""
+"""The shell commands that the pages print, in blocks and inline; and their Python."""
 
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,16 +87,30 @@ def blocks(lines: list[str]) -> Iterator[tuple[int, list[str], str]]:
             end = next(
                 j for j in range(i + 1, len(lines)) if lines[j].strip() == fence[1]
             )
-            yield i + 2, [line.strip() for line in lines[i + 1 : end]], fence[2]
+            yield i + 2, _dedented(lines[i + 1 : end]), fence[2]
             i = end + 1
         elif _is_indented(lines, i) and (i == 0 or not lines[i - 1].strip()):
             end = i
             while end < len(lines) and _is_indented(lines, end):
                 end += 1
-            yield i + 1, [line.strip() for line in lines[i:end]], ""
+            yield i + 1, _dedented(lines[i:end]), ""
             i = end
         else:
             i += 1
+
+
+def _dedented(lines: list[str]) -> list[str]:
+    return textwrap.dedent("\n".join(lines)).split("\n")
+
+
+def python_of(page: Path) -> list[str]:
+    """The Python blocks of a page: by their language, or by how they begin."""
+    return [
+        "\n".join(block)
+        for _, block, language in blocks(page.read_text(encoding="utf-8").splitlines())
+        if language in ("python", "py")
+        or (not language and re.match(r"(from|import|llm|client|for)\b", block[0]))
+    ]
 
 
 def _prose(lines: list[str]) -> Iterator[tuple[int, str]]:
@@ -118,7 +133,7 @@ def _joined(start: int, block: list[str]) -> Iterator[tuple[int, str]]:
     """Logical lines: a backslash, or an open quote, goes on in the next line."""
     number, text = start, ""
     for i, line in enumerate(block):
-        text = f"{text}{line.removeprefix('$ ')}"
+        text = f"{text}{line.strip().removeprefix('$ ')}"
         if text.endswith("\\"):
             text = text[:-1]
             continue

@@ -3,7 +3,6 @@
 """Every command that the README and the pages print is there, takes these arguments,
 and is run by a test."""
 
-import ast
 import json
 import re
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.commands import PAGES, Command, blocks, commands, commands_of
+from tests.docs.commands import PAGES, Command, commands, commands_of, python_of
 from tests.support import ROOT
 from tests.support.named_tests import is_there
 
@@ -21,8 +20,9 @@ RUN_BY = {
     r"make (setup|install)": NOT_RUN + "every other target runs it first",
     r"make demo": "engine/test_server.py::test_the_demo",
     r"make (test|lint)": NOT_RUN + ".ci/run runs both",
-    r"make test-\w+": NOT_RUN + "`make test` with other rows of the same tests",
+    r"make test-[\w-]+": NOT_RUN + "`make test` with other rows of the same tests",
     r"make bench": "benchmarks/test_bench.py::test_what_slots_cost",
+    r"make docs": "docs/test_pictures.py::test_drawing_again_gives_the_same_bytes",
     r"make compat .*": NOT_RUN + "it fetches a release",
     r"vllm serve --help.*": (
         "plugin/test_flag.py::test_help_has_a_group_with_every_option"
@@ -73,11 +73,8 @@ RUN_BY = {
     r"python -c .*": "docs/test_commands.py::test_its_parser_takes_the_arguments",
     r"pip uninstall .*": NOT_RUN + "the tests need the package",
     r"pip install .*": NOT_RUN + "`make install` installs the same package",
-    r"docker (build|compose) .*": (
-        "examples/test_deployment.py::test_the_image_is_of_a_supported_vllm"
-    ),
-    r"kubectl apply .*": (
-        "examples/test_deployment.py::test_kubernetes_names_what_is_there"
+    r"docker (build|compose) .*|kubectl apply .*": (
+        NOT_RUN + "their files are parsed only, by examples/test_deployment.py"
     ),
     r"(df|mount) .*": NOT_RUN + "a tool of the system",
 }
@@ -85,6 +82,9 @@ RUN_BY = {
 
 PLACEHOLDERS = {"N": "8", "N|SIZE|auto": "8", "SIZE": "12GiB", "lru|lfu": "lru"}
 """What a parser is given for a word of a page. Other words in capitals are texts."""
+
+PARTS_OF_LINT = ("format-check", "types-check")
+"""Targets that no page needs to name."""
 
 FOUND = [command for page in PAGES for command in commands_of(page)]
 URLS = ("metrics", "health", "v1/models")
@@ -125,6 +125,22 @@ def test_make_has_the_target(command):
     given = [word for word in words(command)[1:] if not word.startswith("-")]
     done = subprocess.run(["make", "-n", *given], capture_output=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_every_target_of_make_is_in_a_row():
+    """Or is a part of `make lint`."""
+    database = subprocess.run(
+        ["make", "--question", "--print-data-base", "setup"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    ).stdout
+    [targets] = re.findall(r"(?m)^\.PHONY: (.+)$", database)
+    assert {"test-on-next", "docs"} <= set(targets.split())
+    for target in targets.split():
+        forms = (f"make {target}", f"make {target} VERSION=0.0.0")
+        rows = [is_run(Command("Makefile", 1, form)) for form in forms]
+        assert any(rows) or target in PARTS_OF_LINT, f"make {target}: no row of RUN_BY"
 
 
 def test_make_test_runs_every_test():
@@ -235,12 +251,14 @@ def test_the_server_takes_the_request(command):
     assert not kinds[path].model_validate(body).model_extra
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_can_be_read(page):
-    """What stands in blocks of that language."""
-    for _, block, language in blocks(page.read_text(encoding="utf-8").splitlines()):
-        if language in ("python", "py"):
-            ast.parse("\n".join(block))
+def test_python_compiles():
+    """Every block, and these pages have some."""
+    found = {str(page.relative_to(ROOT)): python_of(page) for page in PAGES}
+    for page in ("README", "docs/flags", "docs/observability", "docs/quickstart"):
+        assert found[f"{page}.md"], f"{page}.md has no Python that python_of() finds"
+    for name, texts in found.items():
+        for text in texts:
+            compile(text, name, "exec")
 
 
 def test_every_form_of_a_command_is_found():

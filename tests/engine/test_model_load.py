@@ -84,7 +84,8 @@ def test_the_slots_of_a_layer(load, slots):
 def test_a_number_that_was_not_settled_is_refused(asked):
     """Only `EngineArgs` turns it into a number."""
     with pytest.raises(
-        MoEPrefetchError, match=rf"^--moe-gpu-prefetch {asked} was not settled: .*\.$"
+        MoEPrefetchError,
+        match=rf"^--moe-gpu-prefetch {asked} is still 'auto' or a size: .*\.$",
     ):
         layer._slots_for(load_of(asked), moe_config())
 

@@ -82,7 +82,7 @@ def test_other_nodes_are_said_not_to_be_on_metrics(expose, caplog_vllm):
     expose(nnodes=3, node_rank=1)
     assert not caplog_vllm.text
     expose(nnodes=3)
-    assert "not of the other 2 nodes'" in caplog_vllm.text
+    assert "The ranks of 2 other nodes are missing" in caplog_vllm.text
 
 
 def test_a_worker_without_the_directory_says_so(monkeypatch, tmp_path, caplog_vllm):

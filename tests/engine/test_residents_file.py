@@ -73,7 +73,7 @@ def begun(file, num_slots=4, policy="lru", experts=EXPERTS):
     manager = make_manager(experts, num_slots, policy)
     manager.step(torch.tensor([[2]]))
     manager.reset(file.read({"a": manager}).get("a"))
-    for name, slots in manager.rows.slots.items():
+    for name, slots in manager.rows.slot_rows.items():
         assert torch.equal(slots, manager.store.tensors[name][manager.residency()])
     assert not manager.counters.steps and not manager.history.step
     return manager

@@ -5,15 +5,18 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
 from examples import demo
+from tests.docs.commands import python_of
 from tests.support import ROOT
 from tests.support.server import (
     ENVIRONMENT,
@@ -140,13 +143,27 @@ def test_the_example_client_prints_the_answer_and_the_hit_rate(servers):
     assert none == "The server reports no expert slots: it runs without them."
 
 
-def test_the_demo(servers, tmp_path, monkeypatch, capsys):
+def test_the_python_of_the_readme(servers, capsys):
+    """Asks the server with slots as it stands there, by this server's names."""
+    text = "\n".join(python_of(ROOT / "README.md"))
+    here = {"http://localhost:8000": servers[0].url, "Qwen/Qwen3-30B-A3B": "sample"}
+    for printed, name in here.items():
+        assert printed in text
+        text = text.replace(printed, name)
+    exec(text, {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_demo(servers, checkpoint, tmp_path, monkeypatch, capsys):
     """`make demo`, on these servers: what it prints of equal answers, and its status
     where stock's are different."""
     started = iter([*servers, servers[0]])
     monkeypatch.setattr(demo, "start", lambda *_: next(started))
     monkeypatch.setattr(demo, "stop", lambda _: None)
     monkeypatch.setattr(demo, "ROOT", tmp_path)
+    # An engine that has run in this process may have changed transformers' classes.
+    copied = partial(shutil.copytree, checkpoint, dirs_exist_ok=True)
+    monkeypatch.setattr(demo, "make_checkpoint", copied)
     assert demo.main() == 0
     printed = capsys.readouterr().out
     assert printed.count("yes, bit for bit") == 4 and "\nequal\n" in printed

@@ -145,6 +145,13 @@ def test_each_has_one_gpu():
     assert CONTAINER["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
+def test_the_second_server_starts_when_the_first_one_answers():
+    """A start while the store is built would need room for another copy."""
+    waits = COMPOSE["services"]["second"]["depends_on"]
+    assert waits == {"vllm": {"condition": "service_healthy"}}
+    assert any("/health" in part for part in SERVICE["healthcheck"]["test"])
+
+
 def test_kubernetes_names_what_is_there():
     """Labels select the pod, volumes are mounted, the claim and the port exist."""
     deployment, service = KUBERNETES["Deployment"]["spec"], KUBERNETES["Service"]

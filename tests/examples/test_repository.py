@@ -29,8 +29,27 @@ NEEDED = {
 """The attributes that GitHub asks of each kind of field."""
 
 
+LONGEST_MODULE = 350
+"""Lines."""
+
+
 def read(path: Path) -> dict:
     return yaml.safe_load(path.read_text())
+
+
+def modules() -> list[Path]:
+    """The Python files that git holds, and the new ones that it does not ignore."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = {ROOT / name for name in listed.stdout.splitlines()}
+    there = sorted(path for path in found if path.exists())
+    assert there
+    return there
 
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
@@ -122,18 +141,8 @@ def test_hooks_that_look_for_a_line_find_it():
     spdx, sign_off = hooks()["spdx"], hooks()["sign-off"]
     for hook in (spdx, sign_off):
         assert hook["language"] == "pygrep" and hook["args"] == ["--negate"]
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    modules = [ROOT / name for name in listed.stdout.split()]
-    assert modules
-    for path in modules:
-        if path.exists():
-            assert re.search(spdx["entry"], path.read_text(), re.M), path
+    for path in modules():
+        assert re.search(spdx["entry"], path.read_text(), re.M), path
     assert re.search(sign_off["entry"], "Signed-off-by: A Name <a.name@example.org>")
     assert not re.search(sign_off["entry"], "Signed-off-by: A Name")
 
@@ -144,8 +153,11 @@ def test_the_changelog_has_this_version():
     assert headings[0] == version
 
 
-def test_make_runs_every_directory_of_tests():
-    run = set(re.findall(r"\btests/[\w./]+", MAKEFILE))
-    for path in (ROOT / "tests").rglob("test_*.py"):
-        file = path.relative_to(ROOT)
-        assert {str(file), str(Path(*file.parts[:2]))} & run, file
+def test_no_module_is_long():
+    """Code, tests, benchmarks and tools."""
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for path in modules()
+    }
+    long = {name: lines for name, lines in lengths.items() if lines > LONGEST_MODULE}
+    assert not long, f"over {LONGEST_MODULE} lines, so split: {long}"

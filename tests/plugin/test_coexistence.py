@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Beside another plugin (`other_plugin/`), loaded before ours or after: what
-can work together does, what cannot is refused by name, and without the flag the other
-one is undisturbed."""
+"""Beside another plugin (`tests/support/other_plugin`), loaded before ours or after:
+what can work together does, what cannot is refused by name, and without the flag the
+other one is undisturbed."""
 
 import os
 import subprocess

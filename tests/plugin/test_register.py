@@ -5,6 +5,12 @@ that is not supported, and on one that was changed."""
 
 import pytest
 
+from vllm.model_executor.layers.fused_moe.expert_slots.config import (
+    OPTIONS_KEY,
+    SLOTS_KEY,
+)
+from vllm.plugins.moe_gpu_prefetch.stock.unsupported import _FLAGS
+
 START = "load_general_plugins()\n"
 WRAPPED = (
     "['vllm.engine.arg_utils:EngineArgs.add_cli_args', "
@@ -90,7 +96,7 @@ CHANGED = {
     ),
     "a name that only slots need": (
         "import vllm.utils.torch_utils as t\ndel t._encode_layer_name\n",
-        "vllm.utils.torch_utils:_encode_layer_name is missing (module",
+        "vllm.utils.torch_utils:_encode_layer_name cannot be used (module",
     ),
     "a parameter that only slots need": (
         "import vllm.model_executor.model_loader.utils as utils\n"
@@ -167,6 +173,11 @@ def test_without_what_the_flag_needs_vllm_still_starts(fresh):
         )
         == 1
     )
+
+
+def test_the_flag_has_the_same_names_on_an_unsupported_vllm():
+    """The module with them cannot import the configuration's."""
+    assert _FLAGS == (SLOTS_KEY, OPTIONS_KEY)
 
 
 def test_the_plan_command_refuses_an_unsupported_vllm_too(fresh, checkpoint):

@@ -82,7 +82,7 @@ def test_the_installed_version_is_supported():
 @pytest.mark.parametrize(
     ("name", "lack"),
     [
-        ("nothing", "is missing (EngineArgs has no nothing)"),
+        ("nothing", "cannot be used (EngineArgs has no nothing)"),
         ("create_engine_config", None),
         ("model", None),  # a field
     ],

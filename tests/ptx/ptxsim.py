@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Runs a kernel's PTX on the CPU, thread by thread in an order of chance, and finds
-data races.
+"""Runs a kernel's PTX on the CPU, thread by thread in random order, and finds data
+races.
 
 Triton's interpreter runs a program as one thread. Here the program is what a GPU would
 run: warps of 32 lanes that go ahead at random, lanes of one warp that part at random

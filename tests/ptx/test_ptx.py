@@ -16,7 +16,7 @@ from tests.ptx.simulated import KERNELS, Simulated, make_pair, simulated
 from tests.ptx.triton_versions import INSTALLED, RELEASES, VERSIONS, Compiler
 from tests.support.pair import Pair, make_rows, make_store, routing
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
-from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import CPUMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
     CudaSlotManager,
 )
@@ -148,7 +148,7 @@ def test_gather_copies_rows_of_several_units():
     with simulated(INSTALLED, programs=6) as (_, gather):
         store = make_store(8, width=2500)
         device = CudaSlotManager(
-            MoEPrefetchConfig(slots=3), make_rows(store, 3, HostMemory())
+            MoEPrefetchConfig(slots=3), make_rows(store, 3, CPUMemory())
         )
         gather.reached = [*store.tensors.values(), *device.rows.tensors.values()]
         device.num_loads.fill_(2)

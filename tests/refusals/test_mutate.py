@@ -3,11 +3,13 @@
 """`python -m tools.mutate` finds the refusals, and takes out one at a time."""
 
 import ast
+import subprocess
+import sys
 
 import pytest
 
 from tests.support import ROOT
-from tools.mutate import CUDA_TESTS, TESTS, Without
+from tools.mutate import CUDA_TESTS, NOTHING, TESTS, Without
 
 MODULE = '''
 CONFLICTS = ("one", "two")
@@ -54,6 +56,38 @@ def test_each_is_found():
 def test_one_is_taken_out(number, before, after):
     _, changed = without(number)
     assert changed == ast.unparse(ast.parse(MODULE)).replace(before, after)
+
+
+def test_a_text_with_the_name_of_a_list_is_left():
+    mutation = Without(0)
+    mutation.visit(ast.parse('CONFLICTS = "one"'))
+    assert mutation.found == []
+
+
+def test_the_test_that_notices_is_named(tmp_path):
+    """A module with two refusals, and a test of the first alone."""
+    module = tmp_path / "small.py"
+    module.write_text(
+        "def refuse(number):\n"
+        "    if number < 1:\n        raise ValueError('below 1')\n"
+        "    if number > 9:\n        raise ValueError('above 9')\n"
+    )
+    test = tmp_path / "test_small.py"
+    test.write_text(
+        "import pytest, small\n"
+        "def test_below():\n    with pytest.raises(ValueError): small.refuse(0)\n"
+    )
+    mutants = ("", f"{module}@0", f"{module}@1")
+    script = (
+        "from tools.mutate import noticed_by\n"
+        f"for mutant in {mutants}: print(noticed_by(({str(test)!r},), mutant))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT
+    )
+    unchanged, first, second = ended.stdout.splitlines()
+    assert first.endswith("test_small.py::test_below"), ended.stderr
+    assert unchanged == second == NOTHING
 
 
 @pytest.mark.parametrize("name", {**TESTS, **CUDA_TESTS})

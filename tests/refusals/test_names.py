@@ -10,7 +10,7 @@ from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
 
 from tools.vllm_versions import VERSIONS, release
 from vllm.model_executor.layers.fused_moe.expert_slots.refusals.layers import (
-    OWN_DECODE,
+    DECODE_ATTRIBUTES,
     STOCK_RUNNERS,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.refusals.load_formats import (
@@ -20,7 +20,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.refusals.load_formats imp
 )
 
 
-@pytest.mark.parametrize("attribute", OWN_DECODE)
+@pytest.mark.parametrize("attribute", DECODE_ATTRIBUTES)
 def test_a_model_of_vllm_sets_the_attribute(attribute):
     """On itself, in the newest release; 0.32 has no such model."""
     models = release("0.33.0") / "vllm" / "models"

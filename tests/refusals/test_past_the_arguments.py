@@ -18,19 +18,20 @@ from vllm.model_executor.layers.fused_moe.expert_slots.refusals.layers import (
 SERVED = {"dp_size": 1, "pcp_size": 1, "enable_eplb": False, "is_lora_enabled": False}
 
 
-class Layer(RoutedExperts):
-    """As stock has built one, as far as the objections ask."""
-
-    def __init__(self, **given: object):
-        nn.Module.__init__(self)
-        parallel = SimpleNamespace(**SERVED | given)
-        self.moe_config = SimpleNamespace(
-            moe_parallel_config=parallel,
-            is_lora_enabled=parallel.is_lora_enabled,
-            experts_per_token=2,
-            num_experts=16,
-        )
-        self.quant_method = SimpleNamespace()
+def built(cls: type = RoutedExperts, **given: object) -> RoutedExperts:
+    """A layer as stock has built one, as far as the objections ask. A constructor would
+    make one of our classes where an engine with slots has run in this process."""
+    layer = object.__new__(cls)
+    nn.Module.__init__(layer)
+    parallel = SimpleNamespace(**SERVED | given)
+    layer.moe_config = SimpleNamespace(
+        moe_parallel_config=parallel,
+        is_lora_enabled=parallel.is_lora_enabled,
+        experts_per_token=2,
+        num_experts=16,
+    )
+    layer.quant_method = SimpleNamespace()
+    return layer
 
 
 @pytest.mark.parametrize(
@@ -44,18 +45,18 @@ class Layer(RoutedExperts):
 )
 def test_the_layer_gives_the_reason(given, reason):
     backend = SimpleNamespace(objection=lambda layer: None)
-    assert layer_objection(Layer(), backend) is None
-    assert layer_objection(Layer(**given), backend) == reason
+    assert layer_objection(built(), backend) is None
+    assert layer_objection(built(**given), backend) == reason
 
 
 def test_a_layer_is_looked_at_itself():
     """Its top-k, and a class that rewrites expert ids."""
     backend = SimpleNamespace(objection=lambda layer: None)
-    layer = Layer()
+    layer = built()
     layer.moe_config.experts_per_token = 17
     assert "chooses 17 of 16 experts" in str(layer_objection(layer, backend))
-    own = type("Rewriting", (Layer,), {"forward_modular": lambda self: None})
-    assert "Rewriting rewrites expert ids" in str(layer_objection(own(), backend))
+    own = type("Rewriting", (RoutedExperts,), {"forward_modular": lambda self: None})
+    assert "Rewriting rewrites expert ids" in str(layer_objection(built(own), backend))
 
 
 def test_the_cpus_kernels_take_no_expert_map():

@@ -28,7 +28,7 @@ from vllm.v1.worker.workspace import (
 
 from tests.support.cuda_library import activate
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
-from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import CPUMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.experts import (
     SlottedTritonExperts,
 )
@@ -60,7 +60,7 @@ class Layer:
     policy: str = "lru"
     expert_map: torch.Tensor | None = None
     seed: int = 0
-    memory: Memory = field(default_factory=HostMemory)
+    memory: Memory = field(default_factory=CPUMemory)
 
     def __post_init__(self) -> None:
         if not is_workspace_manager_initialized():

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The CPU's decisions and the kernels, fed the same and compared after every step: in
-the interpreter by the tests beside this file, on a GPU by `benchmarks/gpu/proof.py`."""
+the interpreter by `tests/cuda/test_plan_and_gather.py`, on a GPU by
+`benchmarks/gpu/proof.py`."""
 
 import torch
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu.manager import CPUSlotManager
-from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import CPUMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
     CudaSlotManager,
 )
@@ -63,8 +64,8 @@ class Pair:
         self.expert_map = expert_map
         store = make_store(experts)
         config = MoEPrefetchConfig(slots=slots, policy=policy, lfu_half_life=half_life)
-        self.reference = CPUSlotManager(config, make_rows(store, slots, HostMemory()))
-        rows = make_rows(store, slots, memory or HostMemory())
+        self.reference = CPUSlotManager(config, make_rows(store, slots, CPUMemory()))
+        rows = make_rows(store, slots, memory or CPUMemory())
         self.where = rows.tensors["w13_weight"].device
         here = None if expert_map is None else expert_map.to(self.where)
         self.device = CudaSlotManager(config, rows, expert_map=here)
@@ -121,7 +122,7 @@ class Pair:
         assert device.ranking() == reference.ranking()
         for name, home in device.store.tensors.items():
             assert torch.equal(device.rows.tensors[name].cpu()[rows], home[needed])
-            assert torch.equal(device.rows.slots[name].cpu(), home[residents])
+            assert torch.equal(device.rows.slot_rows[name].cpu(), home[residents])
 
 
 def routing(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import CPUMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.store import (
     shared_store,
 )
@@ -44,6 +44,6 @@ def attach(place: Path, identity: dict[str, Any], write: bool) -> None:
     """Attaches the store as a layer does, and writes into it if told to."""
     with shared_store(place, identity) as store:
         tensor = store.attach("a")["w13_weight"]
-        HostMemory().pin(tensor, read_only=True)
+        CPUMemory().pin(tensor, read_only=True)
         if write:
             tensor.zero_()

@@ -284,6 +284,6 @@ def test_experts_that_a_model_sets_to_zero():
 def test_other_formats_are_not_watched():
     """Dummy weights are no checkpoint, and may be anything."""
     layer = make_layer()
-    layer.load_coverage = LoadCoverage(layer, "dummy")
-    with watching([layer.load_coverage]):
-        pass
+    coverage = LoadCoverage(layer, "dummy")
+    with watching([coverage]):
+        assert coverage.watched == {}

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fake_driver import _NAMES, FakeDriver, _real, device_memory
+from tests.support.fake_context import NAMES, REAL
+from tests.support.fake_driver import FakeDriver, device_memory
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda import (
     driver as driver_module,
@@ -50,9 +51,9 @@ def test_a_missing_package_is_said(monkeypatch):
         cuda_driver()
 
 
-@pytest.mark.skipif(_real is None, reason="needs cuda-bindings")
+@pytest.mark.skipif(REAL is None, reason="needs cuda-bindings")
 def test_every_name_exists_in_nvidias_package():
-    assert cuda_driver().module is _real
+    assert cuda_driver().module is REAL
     text = (
         Path(memory_module.__file__).read_text()
         + Path(driver_module.__file__).read_text()
@@ -60,21 +61,21 @@ def test_every_name_exists_in_nvidias_package():
     names = set(re.findall(r'"(cu[A-Z]\w+)"', text)) | {"cuGetErrorName"}
     assert len(names) > 15
     for name in names:
-        assert callable(getattr(_real, name)), name
+        assert callable(getattr(REAL, name)), name
     for name in set(re.findall(r"(?:cuda|module)\.(CU\w+)", text)):
-        assert hasattr(_real, name), name
+        assert hasattr(REAL, name), name
     for owner, name in set(re.findall(r"cuda\.(CU[a-z]\w+)\.(CU\w+)", text)):
-        assert hasattr(getattr(_real, owner), name), (owner, name)
+        assert hasattr(getattr(REAL, owner), name), (owner, name)
     for name in set(re.findall(r'"(CUDA_ERROR\w+)"', text)):
-        assert hasattr(_real.CUresult, name), name
-    for owner, values in _NAMES.items():  # what the stand-in has without the package
+        assert hasattr(REAL.CUresult, name), name
+    for owner, values in NAMES.items():  # what the stand-in has without the package
         for name, value in values.items():
-            assert int(getattr(getattr(_real, owner), name)) == value
+            assert int(getattr(getattr(REAL, owner), name)) == value
     for name in ("CU_MEMHOSTREGISTER_PORTABLE", "CU_MEMHOSTREGISTER_DEVICEMAP"):
-        assert getattr(_real, name) == getattr(FakeDriver, name)
-    properties = _real.CUmemAllocationProp()
-    location = _real.CUmemLocation()
-    location.type, location.id = _real.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE, 2
+        assert getattr(REAL, name) == getattr(FakeDriver, name)
+    properties = REAL.CUmemAllocationProp()
+    location = REAL.CUmemLocation()
+    location.type, location.id = REAL.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE, 2
     properties.location = location
     assert properties.location.id == 2
     flags = properties.allocFlags

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.support.fake_driver import FakeDriver, device_memory
 from tests.support.rows import rows_of
-from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import CPUMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.layout import (
     committed_bytes,
     fit,
@@ -60,7 +60,7 @@ layouts = st.lists(
 @pytest.mark.parametrize("kind", ["host", "cuda"])
 def test_what_is_committed_is_counted_from_the_sizes(kind, layout):
     """Plain tensors included."""
-    memory = HostMemory() if kind == "host" else device_memory(FakeDriver())
+    memory = CPUMemory() if kind == "host" else device_memory(FakeDriver())
     tensors = [rows_of(memory, *one) for one in layout]
     shares = [split(*one[1:], memory.page)[0] > 0 for one in layout]
     plain = sum(

@@ -16,7 +16,7 @@ from tests.support.fake_driver import FakeDriver, device_memory
 from tests.support.rows import nothing_left, rows_of
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu import memory as cpu_memory
-from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import CPUMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.layout import split
 
 
@@ -26,7 +26,7 @@ def backend(request):
 
 
 def make(backend, **options):
-    return HostMemory() if backend == "host" else device_memory(FakeDriver(**options))
+    return CPUMemory() if backend == "host" else device_memory(FakeDriver(**options))
 
 
 # Rows: a multiple of the page, smaller, larger with a remainder, tiny, many pages.
@@ -79,7 +79,7 @@ def test_several_engines_one_after_another(backend):
     gc.collect()
     files = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
-        memory = HostMemory() if backend == "host" else device_memory(driver)
+        memory = CPUMemory() if backend == "host" else device_memory(driver)
         layers = [rows_of(memory, "w", 8, 6, 1 << 20) for _ in range(12)]
         layers[0].fill_(1)
         memory.close()
@@ -94,7 +94,7 @@ def test_nothing_is_left_without_close(backend):
     driver = FakeDriver()
     gc.collect()
     files = len(os.listdir("/proc/self/fd"))
-    memory = HostMemory() if backend == "host" else device_memory(driver)
+    memory = CPUMemory() if backend == "host" else device_memory(driver)
     tensor = rows_of(memory, "w", 8, 6, 1 << 16)
     del memory
     gc.collect()
@@ -169,7 +169,7 @@ def test_staging_costs_the_largest_need_and_not_the_sum(backend):
 
 def test_failure_of_the_host_leaves_nothing_behind(monkeypatch):
     real, mapped = cpu_memory.map_memory, []
-    memory = HostMemory()
+    memory = CPUMemory()
 
     def failing(size, *arguments, **options):
         if options:
@@ -191,7 +191,7 @@ def test_more_host_memory_than_there_is_is_refused():
     with pytest.raises(
         MoEPrefetchError, match=r"cannot be mapped: Cannot allocate.*ulimit"
     ):
-        HostMemory().rows("w", 8, 0, 1 << 58)
+        CPUMemory().rows("w", 8, 0, 1 << 58)
 
 
 def test_memory_files_cannot_be_run_where_the_kernel_knows_how(monkeypatch):
@@ -225,7 +225,7 @@ def test_host_memory_is_counted_once():
             k: int(v) << 10 for k, v in re.findall(r"^(\w+):\s+(\d+) kB", text, re.M)
         }
 
-    memory, before = HostMemory(), smaps()
+    memory, before = CPUMemory(), smaps()
     layers = [rows_of(memory, "w", 64, 48, 1 << 16) for _ in range(12)]
     for layer in layers:
         layer.fill_(1)

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetch
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import (
     SlotCounters,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import CPUMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda import memory as cuda_memory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.driver import DriverError
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.store import (
@@ -103,7 +103,7 @@ def test_what_cannot_be_mapped_is_said():
 def test_a_write_to_read_only_memory_ends_the_process(driver, signal_of, on_gpu):
     """It is registered while it can be written, as discrete cards demand, and protected
     then."""
-    memory = device_memory(driver) if on_gpu else HostMemory()
+    memory = device_memory(driver) if on_gpu else CPUMemory()
     tensor = host_tensor((70_000,), torch.uint8).fill_(4)
     memory.pin(tensor)
     assert signal_of(lambda: tensor[-1].fill_(5)) == 0
@@ -114,9 +114,9 @@ def test_a_write_to_read_only_memory_ends_the_process(driver, signal_of, on_gpu)
 
 def test_on_the_cpu_a_pinned_tensor_is_itself():
     tensor = torch.zeros(3)
-    assert HostMemory().pin(tensor) == tensor.data_ptr()
+    assert CPUMemory().pin(tensor) == tensor.data_ptr()
     with pytest.raises(AssertionError, match="pages of its own"):
-        HostMemory().pin(tensor, read_only=True)
+        CPUMemory().pin(tensor, read_only=True)
 
 
 # ---- pinned for a GPU ----

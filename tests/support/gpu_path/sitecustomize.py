@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """In every process that finds this directory on its path, vLLM keeps triton although no
-driver is active: the interpreter needs none."""
+driver is active. The repository must be on the path too."""
 
-from types import SimpleNamespace
+from tests.support.interpreter import keep_triton
 
-from triton.backends import backends
-
-driver = type("InterpreterDriver", (), {"is_active": staticmethod(lambda: True)})
-backends["cpu"] = SimpleNamespace(driver=driver)
+keep_triton()

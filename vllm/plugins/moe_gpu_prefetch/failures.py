@@ -99,8 +99,8 @@ def _path() -> Path | None:
 
 
 def _left_below() -> BaseException | None:
-    """What to raise for a refusal that a process below has left, or None. The front end
-    removes the file: a later failure must not show the same refusal."""
+    """What to raise for the refusal file that a child process wrote, or None. The front
+    end removes the file: a later failure must not show the same refusal."""
     path = _path()
     if path is None or not path.exists():
         return None
@@ -112,7 +112,8 @@ def _left_below() -> BaseException | None:
 
 
 def _telling(start: Callable[..., Any]) -> Callable[..., Any]:
-    """`start`, which raises the refusal of a process below instead of its own error."""
+    """`start`, which raises the refusal of a child process instead of its own
+    error."""
 
     @functools.wraps(start)
     def start_or_tell(*args: Any, **kwargs: Any) -> Any:

@@ -123,9 +123,11 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def _refuse(arguments: EngineArgs) -> None:
-    """Raises:
-    MoEPrefetchError: slots were asked for, and cannot work in this process, or with
-        the other arguments.
+    """Refuses slots where they cannot work.
+
+    Raises:
+        MoEPrefetchError: slots were asked for, and cannot work in this process, or with
+            the other arguments.
     """
     if MoEPrefetchConfig.of(arguments) is not None:
         refuse_where_slots_cannot_work()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The memory plan of an engine that is about to start. It settles N, refuses what does
-not fit, and logs the decision, before a weight is read."""
+"""The capacity plan of an engine that is about to start. It settles N, refuses what
+does not fit, and logs the decision, before a weight is read."""
 
 import math
 import mmap
@@ -32,7 +32,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.capacity.host_memory impo
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.plan import Limits
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.planner import (
-    MemoryPlanner,
+    CapacityPlanner,
     distinct_experts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
@@ -68,7 +68,7 @@ BATCHES = (1, 4, 16, 64)
 
 def planner_for(
     vllm_config: VllmConfig, config: MoEPrefetchConfig
-) -> MemoryPlanner | None:
+) -> CapacityPlanner | None:
     """The planner for this model on this machine, or on the GPU elsewhere that this
     process answers for; None for a model without MoE layers.
 
@@ -85,12 +85,12 @@ def planner_for(
             raise MoEPrefetchError(str(error)) from None
     elsewhere = gpu_elsewhere.answer_while_building if gpu_elsewhere.pretended else None
     measurement = measure(vllm_config, elsewhere)
-    if measurement.elsewhere:
+    if measurement.bypassing:
         raise bypassed(vllm_config.model_config.model, config.slots)
     if not any(footprint.layers for footprint in measurement.footprints):
         return None
     limits = limits_of(vllm_config, config, measurement.gpu)
-    planner = MemoryPlanner(measurement.footprints, limits, measurement.objection)
+    planner = CapacityPlanner(measurement.footprints, limits, measurement.objection)
     need = planner.host_need(planner.top_k)
     if limits.host is not None and need <= limits.host.total:
         planner.limits = replace(
@@ -147,10 +147,12 @@ def _stores_present(vllm_config: VllmConfig, config: MoEPrefetchConfig) -> bool:
 
 
 def _refuse_a_full_place(
-    config: MoEPrefetchConfig, planner: MemoryPlanner, slots: int
+    config: MoEPrefetchConfig, planner: CapacityPlanner, slots: int
 ) -> None:
-    """Raises:
-    MoEPrefetchError: the directory of the shared store has no room for it.
+    """Refuses a shared store that its directory cannot hold.
+
+    Raises:
+        MoEPrefetchError: the directory has less room than the experts take.
     """
     needed = planner.plan(slots).host_bytes
     if config.shared_store is None or planner.limits.host is None or not needed:
@@ -169,12 +171,12 @@ def _refuse_a_full_place(
 
 
 def settle(vllm_config: VllmConfig) -> None:
-    """Turns a size or `auto` into a number in `vllm_config`, refuses a plan that does
-    not fit, and logs the plan.
+    """Turns a size or `auto` into a number in `vllm_config`, refuses a capacity plan
+    that does not fit, and logs the plan.
 
     Raises:
-        MoEPrefetchError: the plan does not fit. The message says what is needed, what
-            there is, and the way out.
+        MoEPrefetchError: the capacity plan does not fit. The message says what is
+            needed, what there is, and the way out.
     """
     config = MoEPrefetchConfig.of(vllm_config)
     if config is None:
@@ -187,7 +189,7 @@ def settle(vllm_config: VllmConfig) -> None:
                 f"--moe-gpu-prefetch {config.slots}: {error}. Give a number."
             ) from None
         logger.warning(
-            "No memory plan, so nothing is checked before loading: %s", error
+            "No capacity plan, so nothing is checked before loading: %s", error
         )
         return
     if planner is None:
@@ -205,7 +207,7 @@ def settle(vllm_config: VllmConfig) -> None:
     _log(planner, slots, config)
 
 
-def _log(planner: MemoryPlanner, slots: int, config: MoEPrefetchConfig) -> None:
+def _log(planner: CapacityPlanner, slots: int, config: MoEPrefetchConfig) -> None:
     plan, limits = planner.plan(slots), planner.limits
     chosen = ""
     if config.slots == "auto":
@@ -213,7 +215,7 @@ def _log(planner: MemoryPlanner, slots: int, config: MoEPrefetchConfig) -> None:
     elif isinstance(config.slots, str):
         chosen = f" ({config.slots}: the largest that fits into it)"
     logger.info(
-        "Memory plan: %d of %d expert slots per MoE layer%s; per rank %s of slots, "
+        "Capacity plan: %d of %d expert slots per MoE layer%s; per rank %s of slots, "
         "%s of staging, %s of other weights, about %s of intermediates, graphs and "
         "libraries, %s of KV cache (%s), of %s; %s of experts in host memory. %s.",
         plan.slots,
@@ -246,7 +248,7 @@ def _log(planner: MemoryPlanner, slots: int, config: MoEPrefetchConfig) -> None:
         )
 
 
-def expectation(planner: MemoryPlanner) -> str:
+def expectation(planner: CapacityPlanner) -> str:
     """Distinct experts that a decode step is expected to need, for some batch sizes."""
     counts = [
         f"{distinct_experts(planner.num_experts, planner.routed, batch):.0f} at {batch}"

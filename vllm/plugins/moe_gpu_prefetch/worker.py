@@ -41,7 +41,7 @@ class ExpertSlotsWorkerExtension:
         answer = {}
         for layer in self._slotted_layers():
             answer[layer.layer_name] = residents = layer.slot_manager.residency()
-            for name, slots in layer.slot_manager.rows.slots.items():
+            for name, slots in layer.slot_manager.rows.slot_rows.items():
                 same = torch.equal(
                     slots.cpu(), layer.slot_manager.store.tensors[name][residents]
                 )

@@ -13,7 +13,7 @@ from vllm.usage.usage_lib import UsageContext
 
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.link import link_cost
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.planner import (
-    MemoryPlanner,
+    CapacityPlanner,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     OPTIONS_KEY,
@@ -135,8 +135,10 @@ def plan_model(arguments: argparse.Namespace) -> int:
 
 
 def _check_directory(model: str) -> None:
-    """Raises:
-    MoEPrefetchError: the directory does not exist, or its config.json is no object.
+    """Refuses a model's directory that cannot be read as one.
+
+    Raises:
+        MoEPrefetchError: the directory does not exist, or its config.json is no object.
     """
     directory = Path(model)
     if directory.is_absolute() and not directory.is_dir():
@@ -146,7 +148,7 @@ def _check_directory(model: str) -> None:
         raise MoEPrefetchError("its config.json is not a JSON object.")
 
 
-def _auto(planner: MemoryPlanner) -> int | None:
+def _auto(planner: CapacityPlanner) -> int | None:
     try:
         return planner.auto()
     except MoEPrefetchError:

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.link import LinkCost
-from vllm.model_executor.layers.fused_moe.expert_slots.capacity.plan import Plan
+from vllm.model_executor.layers.fused_moe.expert_slots.capacity.plan import CapacityPlan
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.planner import (
-    MemoryPlanner,
+    CapacityPlanner,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.sizes import GIB, gib
 from vllm.plugins.moe_gpu_prefetch.start import expectation
@@ -31,7 +31,7 @@ class Row:
         cost: what its misses cost, if a link was given.
     """
 
-    plan: Plan
+    plan: CapacityPlan
     asked: list[str] = field(default_factory=list)
     cost: LinkCost | None = None
 
@@ -48,7 +48,7 @@ class Row:
         return answer
 
 
-def print_table(planner: MemoryPlanner, rows: Sequence[Row]) -> None:
+def print_table(planner: CapacityPlanner, rows: Sequence[Row]) -> None:
     """Prints the answer for people."""
     limits, linked = planner.limits, rows[0].cost is not None
     console = Console(highlight=False)

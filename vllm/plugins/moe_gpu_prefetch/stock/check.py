@@ -18,8 +18,10 @@ def objection() -> str | None:
 
 
 def refuse_where_slots_cannot_work() -> None:
-    """Raises:
-    MoEPrefetchError: vLLM or another plugin is not as the slots need it.
+    """Refuses slots on a vLLM, or beside a plugin, with which they cannot work.
+
+    Raises:
+        MoEPrefetchError: vLLM or another plugin is not as the slots need it.
     """
     if reason := objection():
         raise MoEPrefetchError(reason)

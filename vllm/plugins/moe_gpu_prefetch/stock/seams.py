@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Every name of vLLM that this feature wraps, replaces or relies on, and whether the
-installed vLLM has it. A test resolves the table against the installed vLLM, so that an
-upgrade fails there, with the seam's name."""
+installed vLLM has it. The names are in `table/`, a file for each area. A test resolves
+them against the installed vLLM, so an upgrade fails there, with the seam's name."""
 
 import importlib
 import inspect
@@ -50,7 +50,7 @@ def missing(seam: Seam) -> str | None:
         value = resolve(seam.target)
         parameters = inspect.signature(value).parameters if seam.parameters else {}
     except (AttributeError, ImportError, TypeError, ValueError) as error:
-        return f"{seam.target} is missing ({error})"
+        return f"{seam.target} cannot be used ({error})"
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return None
     lost = [name for name in seam.parameters if name not in parameters]

@@ -70,8 +70,9 @@ def shared() -> list[str]:
 
 def _wraps(function: Any) -> Iterator[Any]:
     """A method and what it wraps, outermost first."""
-    while function is not None:
-        function = _plain(function)
+    seen: list[Any] = []
+    while function is not None and (function := _plain(function)) not in seen:
+        seen.append(function)
         yield function
         function = getattr(function, "__wrapped__", None)
 

@@ -65,7 +65,8 @@ class SlotManager(ABC):
         """Decides one step and loads what it misses.
 
         Args:
-            topk_ids: [tokens, top_k] integers, expert ids, or -1 for none.
+            topk_ids: [tokens, top_k] integers, -1 for none. With an expert map: the
+                model's expert ids. Otherwise: this rank's.
             is_padding: [tokens] bool, the tokens that need no expert.
 
         Returns:
@@ -133,7 +134,7 @@ class Backend(ABC):
 
     def processed_width(self, layer: Any) -> int:
         """The width of an expert after stock has processed its weights, which may pad
-        the width."""
+        it: elements of the intermediate size per rank."""
         return int(layer.moe_config.intermediate_size_per_partition)
 
     @abstractmethod

@@ -76,14 +76,14 @@ def _slots_for(load: ModelLoad, moe_config: FusedMoEConfig) -> int | None:
     """The slots of a layer that is about to be built; None if it is to be stock's.
 
     Raises:
-        MoEPrefetchError: the number was not settled.
+        MoEPrefetchError: what was asked for is still `auto` or a size.
     """
     asked = load.config.slots_of(load.draft)
     if not isinstance(asked, int):
         raise MoEPrefetchError(
-            f"--moe-gpu-prefetch {asked} was not settled: this engine's configuration "
-            "was not made by EngineArgs, or only its draft has MoE layers. Give a "
-            "number."
+            f"--moe-gpu-prefetch {asked} is still 'auto' or a size: this engine's "
+            "configuration was not made by EngineArgs, or only its draft has MoE "
+            "layers. Give a number."
         )
     if reason := top_k_objection(moe_config):
         raise MoEPrefetchError(
@@ -256,8 +256,8 @@ class ExpertSlotsMixin(_Layer):
         return self._backend.memory(torch.device(self.moe_config.device))
 
     def _home(self, processed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The experts in the memory where they stay: that of the shared store, or of
-        this process."""
+        """The host tensors that become the store: the shared store's mapping, or this
+        process's pages."""
         if self.shared_store is None:
             pins = self._backend.pins
             return {name: _own_pages(t) if pins else t for name, t in processed.items()}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The memory plan: a model built on the meta device, and its KV cache."""
+"""The capacity plan: a model built on the meta device, and its KV cache."""
 
 from vllm.plugins.moe_gpu_prefetch.stock.seam import V0_32, V0_33, relied_on
 
@@ -14,8 +14,8 @@ CAPACITY = (
         "builds the model on the meta device",
         "vllm_config",
         "model_config",
-        in_tree="the plan would be made by the worker, in `load_model`, before it "
-        "reads a weight",
+        in_tree="the capacity plan would be made by the worker, in `load_model`, "
+        "before it reads a weight",
     ),
     relied_on(
         "vllm.distributed.parallel_state:GroupCoordinator",

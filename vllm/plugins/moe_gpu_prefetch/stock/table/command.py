@@ -28,7 +28,7 @@ COMMAND = (
     ),
     relied_on(
         "vllm.platforms:vllm_version_matches_substr",
-        "then denies that this vLLM is built for CPUs, which turns triton off",
+        "returns False, so vLLM keeps Triton on a CPU build",
         "substr",
     ),
     relied_on(

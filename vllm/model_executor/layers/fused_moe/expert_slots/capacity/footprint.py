@@ -43,14 +43,14 @@ class Measurement:
     Attributes:
         footprints: of each pipeline stage.
         objection: why layers of the model cannot have slots, or None.
-        elsewhere: a parameter of routed experts outside vLLM's fused-MoE layers, or
+        bypassing: a parameter of routed experts outside vLLM's fused-MoE layers, or
             None.
         gpu: None on the CPU platform, and for a question about a GPU elsewhere.
     """
 
     footprints: tuple[Footprint, ...]
     objection: str | None
-    elsewhere: str | None
+    bypassing: str | None
     gpu: GpuMemory | None
 
 

@@ -62,7 +62,11 @@ def smallest_gpu(parallel: ParallelConfig) -> GpuMemory | None:
             )
         free, total = torch.accelerator.get_memory_info(device)
         seen.append(GpuMemory(total, None if placed_by_others else free))
-    return min(seen, key=lambda gpu: gpu.free or gpu.total, default=None)
+    return min(
+        seen,
+        key=lambda gpu: gpu.total if gpu.free is None else gpu.free,
+        default=None,
+    )
 
 
 def usable_memory(vllm_config: VllmConfig, gpu: GpuMemory | None) -> tuple[int, str]:

@@ -47,6 +47,6 @@ class HostTables(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def hold(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` is one of them, or a view of one."""
+        """Whether `tensor` is a counted host table, or a view of one."""
         storages = {table.untyped_storage()._cdata for table in self._kept}
         return tensor.untyped_storage()._cdata in storages

@@ -170,8 +170,8 @@ class LinkCost:
         if self.bytes_per_token and self.bandwidth < SLOW_LINK:
             reasons.append(
                 f"Host-to-device bandwidth is {_decimal(self.bandwidth)}/s; PCIe 3.0 "
-                "x16 gives about 12 GB/s. Look for a narrow PCIe connection, a riser or a link "
-                "that was trained down: nvidia-smi "
+                "x16 gives about 12 GB/s. Look for a narrow PCIe connection, a riser "
+                "or a link that was trained down: nvidia-smi "
                 "--query-gpu=pcie.link.gen.max,pcie.link.width.current --format=csv."
             )
         if self.tokens_per_second < FEW_TOKENS:

@@ -83,7 +83,7 @@ class Footprint:
         layers: the MoE layers of this rank.
         other_weight_bytes: every parameter and buffer except the routed experts.
         kv_sequence_bytes: KV cache of one sequence of `max_model_len`.
-        kv_block_bytes: one block of the KV cache; vLLM keeps one back.
+        kv_block_bytes: one block of the KV cache; vLLM reserves one.
         activation_bytes: intermediates of the largest batch, an estimate
             (docs/sizing.md).
         graph_bytes: captured CUDA graphs, an estimate.
@@ -157,7 +157,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CapacityPlan:
     """Memory use for N slots, on the rank with the least memory left. Sizes in bytes.
 
     Attributes:

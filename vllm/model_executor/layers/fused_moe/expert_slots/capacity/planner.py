@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.plan import (
     LIBRARY_BYTES,
+    CapacityPlan,
     Footprint,
     Limits,
-    Plan,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchError,
@@ -41,7 +41,7 @@ def resident_sequences(num_experts: int, top_k: float, slots: int) -> int:
     return sequences
 
 
-class MemoryPlanner:
+class CapacityPlanner:
     """Says what N slots take and whether they fit.
 
     Args:
@@ -80,7 +80,7 @@ class MemoryPlanner:
         """The slots that a batch of one needs: the experts of its rows in one layer."""
         return self._clamped(self.top_k * self.limits.rows_per_sequence)
 
-    def plan(self, slots: int) -> Plan:
+    def plan(self, slots: int) -> CapacityPlan:
         """The plan for `slots`, clamped to what a layer can have. It may not fit."""
         slots = self._clamped(slots)
         limits = self.limits
@@ -99,7 +99,7 @@ class MemoryPlanner:
             resident = resident_sequences(self.num_experts, self.routed, slots)
         reason = self._gpu_shortage(rank, slots) or self._host_shortage(slots)
         room = f"room for {sequences:,.1f} sequences of {limits.max_model_len:,} tokens"
-        return Plan(
+        return CapacityPlan(
             slots=slots,
             experts=self.num_experts,
             fits=reason is None,

@@ -115,6 +115,7 @@ def _moe_layer(layer: RoutedExperts, backend: Backend) -> MoELayer:
     padded = backend.processed_width(layer)
 
     def row_bytes(name: str, parameter: torch.nn.Parameter) -> int:
+        # The bias of the second projection has the hidden size only.
         along_width = name != "w2_bias"
         return (
             parameter[0].nbytes * padded // width

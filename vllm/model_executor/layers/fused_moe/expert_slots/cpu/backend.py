@@ -13,7 +13,8 @@ from vllm.model_executor.layers.fused_moe.expert_slots.cpu.experts import (
     slotted_cpu_experts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu.manager import CPUSlotManager
-from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import HostMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import CPUMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.refusals import reasons
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.memory import Memory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
 
@@ -26,9 +27,7 @@ class CPUBackend(Backend):
 
     def objection(self, layer: Any) -> str | None:
         if layer.use_ep:
-            return (
-                "stock's CPU kernels take no expert map: drop --enable-expert-parallel"
-            )
+            return f"{reasons.NO_EXPERT_MAP}: drop --enable-expert-parallel"
         method = layer.quant_method
         experts_cls = getattr(method, "experts_cls", None)
         name = getattr(experts_cls, "__name__", type(method).__name__)
@@ -49,7 +48,7 @@ class CPUBackend(Backend):
         return slotted_cpu_experts(experts_cls)
 
     def memory(self, device: torch.device) -> Memory:
-        return HostMemory()
+        return CPUMemory()
 
     def manager(
         self, config: MoEPrefetchConfig, rows: ExpertRows, layer: Any, rank: int

@@ -81,10 +81,10 @@ class SlottedCPUExperts(_Stock):
         """As `apply`, outside of traced code.
 
         Args:
-        output: [tokens, hidden], written.
-        hidden_states: [tokens, hidden].
-        topk_weights: [tokens, top_k] float32.
-        topk_ids: [tokens, top_k] int32, expert ids of this rank.
+            output: [tokens, hidden], written.
+            hidden_states: [tokens, hidden].
+            topk_weights: [tokens, top_k] float32.
+            topk_ids: [tokens, top_k] int32, expert ids of this rank.
         """
         assert self.slot_manager is not None
         super().apply(

@@ -22,8 +22,8 @@ _MFD_NOEXEC_SEAL = 8
 vm.memfd_noexec=2, and kernels before 6.3 do not know it."""
 
 
-class HostMemory(Memory):
-    """Tensors in host memory. Nothing needs to be pinned: kernels are the host's."""
+class CPUMemory(Memory):
+    """Tensors in host memory. Kernels run on the host, so `pin` registers nothing."""
 
     page = mmap.PAGESIZE
     torch_device = torch.device("cpu")

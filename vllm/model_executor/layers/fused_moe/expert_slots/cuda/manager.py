@@ -50,13 +50,15 @@ class CudaSlotManager(SlotManager):
         rank: int = 0,
         expert_map: torch.Tensor | None = None,
     ):
-        """Args:
-        config: what was asked for.
-        rows: the layer's rows, in device memory.
-        layer_name: names the counters.
-        rank: of this worker, names the counters.
-        expert_map: under expert parallelism [experts of the model] int32, the expert's
-            id on this rank or -1.
+        """Allocates the tables on the device of `rows`, and loads the first residents.
+
+        Args:
+            config: what was asked for.
+            rows: the layer's rows, in device memory.
+            layer_name: names the counters.
+            rank: of this worker, names the counters.
+            expert_map: under expert parallelism [experts of the model] int32, the
+                expert's id on this rank or -1.
         """
         super().__init__(config, rows, layer_name, rank)
         tensors = list(rows.tensors.values())

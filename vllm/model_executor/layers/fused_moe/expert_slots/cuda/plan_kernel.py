@@ -26,6 +26,9 @@ _NEVER = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 """The key of what takes no part in a ranking. It comes behind all other keys."""
 
 _NUM_TOTALS = tl.constexpr(len(TOTALS))
+_TOTALS_PAD = tl.constexpr(1 << (len(TOTALS) - 1).bit_length())
+"""A counter is added to `TOTALS`, to these names and where `total` is summed up."""
+
 (
     _STEPS,
     _NEEDED,
@@ -135,8 +138,8 @@ def plan_kernel(
     frequency,  # [E] int64
     totals,  # [totals] int64 in the order of TOTALS; "steps" is the clock of recency
     mirror,  # address of [totals] int64, a copy that the host reads
-    bytes_per_expert,
-    # what the step is told to do
+    bytes_per_expert,  # of all its tensors; a load adds so many to bytes_loaded
+    # outputs: loads, and the row of each id
     num_loads,  # [1] int32
     load_experts,  # [E] int32
     load_rows,  # [E] int32
@@ -168,7 +171,7 @@ def plan_kernel(
     held = tl.load(slot_to_expert + s, mask=s < N, other=0)
     row = tl.load(expert_to_row + e, mask=is_expert, other=-1)
     recency = tl.load(last_needed + e, mask=is_expert, other=0)
-    i = tl.arange(0, 16)
+    i = tl.arange(0, _TOTALS_PAD)
     total = tl.load(totals + i, mask=i < _NUM_TOTALS, other=0)
     step = tl.load(totals + _STEPS) + 1
     if LFU:

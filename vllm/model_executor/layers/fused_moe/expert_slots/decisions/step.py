@@ -66,11 +66,13 @@ class ResidencyTables:
     def __init__(
         self, num_experts: int, num_slots: int, residents: Sequence[int] | None = None
     ) -> None:
-        """Args:
-        num_experts: E.
-        num_slots: N.
-        residents: N distinct experts, which get the slots in the order of their ids.
-            Not given: experts 0 ... N-1.
+        """Fills every slot.
+
+        Args:
+            num_experts: E.
+            num_slots: N.
+            residents: N distinct experts, which get the slots in the order of their
+                ids. Not given: experts 0 ... N-1.
         """
         self.num_experts = num_experts
         self.num_slots = num_slots

@@ -31,6 +31,8 @@ _NOT_EXPERTS = {
 }
 """Parts of parameter names that no routed expert has."""
 
+_IN_HOST_MEMORY = "expert slots keep the experts in host memory already"
+
 
 @dataclass(frozen=True)
 class Conflict:
@@ -59,8 +61,7 @@ CONFLICTS = (
         lambda arguments: (
             arguments.enable_expert_parallel and current_platform.is_cpu()
         ),
-        "stock's CPU kernels take no expert map, and stock itself ends at the first "
-        "request",
+        f"{reasons.NO_EXPERT_MAP}, and stock itself ends at the first request",
         "Use --tensor-parallel-size alone",
     ),
     Conflict(
@@ -121,7 +122,7 @@ CONFLICTS = (
         lambda arguments: _offloads_experts(
             arguments.cpu_offload_gb > 0, arguments.cpu_offload_params
         ),
-        "expert slots keep the experts in host memory already",
+        _IN_HOST_MEMORY,
         "Name other weights with --cpu-offload-params "
         f"({', '.join(sorted(_NOT_EXPERTS))})",
     ),
@@ -130,7 +131,7 @@ CONFLICTS = (
         lambda arguments: _offloads_experts(
             arguments.offload_group_size > 0, arguments.offload_params
         ),
-        "expert slots keep the experts in host memory already",
+        _IN_HOST_MEMORY,
         f"Name other weights with --offload-params ({', '.join(sorted(_NOT_EXPERTS))})",
     ),
 )

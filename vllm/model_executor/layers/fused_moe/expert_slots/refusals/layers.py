@@ -29,7 +29,7 @@ STOCK_RUNNERS = {
 }
 """Runners that leave the experts' weights to the kernel."""
 
-OWN_DECODE = ("specialized_decode_config", "bf16_decode")
+DECODE_ATTRIBUTES = ("specialized_decode_config", "bf16_decode")
 """Attributes of vLLM's models with decode kernels of their own (Kimi-K3, DeepSeek-V4.1;
 Flint)."""
 
@@ -110,7 +110,8 @@ def layer_objection(layer: RoutedExperts, backend: Backend) -> str | None:
     ):
         owner = "a model" if method.__module__.startswith("vllm.") else "another plugin"
         return (
-            f"its method {method.__module__}.{method.__qualname__} belongs to {owner}"
+            f"its method {method.__module__}.{method.__qualname__} belongs to {owner}: "
+            "it may read weights by expert id"
         )
     return backend.objection(layer)
 
@@ -141,7 +142,7 @@ def runner_objection(runner: MoERunner) -> str | None:
 def decode_objection(module: torch.nn.Module) -> str | None:
     """Why a part of a model would read the experts' weights past the slots' tables, or
     None."""
-    for attribute in OWN_DECODE:
+    for attribute in DECODE_ATTRIBUTES:
         if getattr(module, attribute, None) is not None:
             return f"{reasons.OWN_DECODE} ({attribute})"
     return None

@@ -15,5 +15,6 @@ CONTEXT_PARALLEL = (
 )
 EPLB = "EPLB moves experts between ranks, and the slots' tables would not follow"
 LORA = "adapters are indexed by expert id, and the kernel gets row numbers"
+NO_EXPERT_MAP = "stock's CPU kernels take no expert map"
 NEVER_WRITTEN = "the experts in host memory are never written after loading"
 OWN_DECODE = "a model's own decode kernels read the experts' weights by expert id"

@@ -59,7 +59,8 @@ class Manifest(Strict):
 
 
 def key_of(identity: dict[str, Any]) -> str:
-    """The name of the store for `identity`: 32 hexadecimal digits."""
+    """The name of the store for `identity`: 32 hexadecimal digits. The warm start names
+    its files by the same digits."""
     text = json.dumps(identity, sort_keys=True)
     return blake3(text.encode()).hexdigest(length=16)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The identity of a host store: the checkpoint, the rank's layout, and the versions of
-the software that processed one for the other."""
+the software that processed one for the other. The warm start uses a part of it."""
 
 import json
 from importlib.metadata import version

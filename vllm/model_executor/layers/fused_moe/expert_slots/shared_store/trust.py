@@ -4,7 +4,7 @@
 
 Other users of the machine can put anything into a shared directory. So links are never
 followed, and a file or directory that another user owns or can write is refused and
-left as it is.
+left as it is. The shared store and the warm start use this.
 """
 
 import os

@@ -220,7 +220,7 @@ def watching(coverages: Sequence[LoadCoverage]) -> Iterator[None]:
 
 
 class _Copies(TorchDispatchMode):
-    """Tells each coverage what this thread copies into its parameters."""
+    """Dispatch mode that records copies into watched parameters."""
 
     def __init__(self, coverages: Sequence[LoadCoverage]):
         super().__init__()

@@ -20,8 +20,9 @@ class ExpertRows:
     config, which refer to them, follow.
 
     Attributes:
-        tensors: parameter name -> [E, ...].
-        slots: parameter name -> [N, ...], a view of the last rows.
+        tensors: parameter name -> [E, ...], on the device of `memory`, with the dtype
+            of the store's tensor.
+        slot_rows: parameter name -> [N, ...], a view of the last rows.
         memory: where the rows lie. Layers that share it share their staging rows.
     """
 
@@ -42,7 +43,7 @@ class ExpertRows:
         }
         for name, parameter in parameters.items():
             parameter.data = self.tensors[name]
-        self.slots = {
+        self.slot_rows = {
             name: tensor[self.num_staged :] for name, tensor in self.tensors.items()
         }
 
@@ -62,7 +63,7 @@ class ExpertRows:
 
     def load(self, experts: Sequence[int], rows: Sequence[int]) -> None:
         """Copies each of `experts` from the store into the row of the same place in
-        `rows`."""
+        `rows`. For the CPU platform only: on a GPU a kernel loads."""
         for expert, row in zip(experts, rows, strict=True):
             torch._foreach_copy_(self._rows[row], self._homes[expert])
 
@@ -78,7 +79,7 @@ class ExpertRows:
         ):
             together = list(run)
             (slot, expert), count = together[0], len(together)
-            for name, slots in self.slots.items():
-                slots[slot : slot + count].copy_(
+            for name, rows in self.slot_rows.items():
+                rows[slot : slot + count].copy_(
                     self.store.tensors[name][expert : expert + count]
                 )
