@@ -12,8 +12,9 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # `make test` runs on the installed vLLM, and the rows of test-on-next on this release too.
 NEXT_VLLM := 0.33.0
 PARTS := test-engine test-rows test-kernels test-memory test-endurance test-on-next
-# Two parts at a time; the others go on after one has failed.
-AT_A_TIME := --no-print-directory --keep-going --jobs=2 --output-sync=target
+# Parts at a time: two need about 18 GiB of memory, 8 of them free. The others go on after one has failed.
+JOBS ?= 2
+AT_A_TIME := --no-print-directory --keep-going --jobs=$(JOBS) --output-sync=target
 
 .PHONY: setup install demo test test-all $(PARTS) lint format-check types-check bench compat docs
 setup: $(READY)
