@@ -13,7 +13,7 @@ CLIENTS = 64
 def test_a_minute_under_load(servers):
     """Every answer is the one that stock gives to the request alone, under load as
     afterwards; malformed requests get stock's status; memory and descriptors stay flat;
-    then the server is idle, its tables and slots agree and its counters add up. Most
+    then the server is idle, its tables and slots agree and its counters add up. Many
     steps overflowed. Stock passes the same load with the same answers."""
     slots, stock = servers
 
@@ -28,4 +28,4 @@ def test_a_minute_under_load(servers):
     assert all(
         by_slots.tally.ended[end] for end in ("finished", "cancelled", "malformed")
     )
-    assert by_slots.overflow > 0.5
+    assert by_slots.overflow > 0.1  # of the steps; a faster machine has smaller batches
