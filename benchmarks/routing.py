@@ -58,10 +58,21 @@ def register() -> None:
 
 
 def hit_rate(
-    exponent: float, slots: int, batch: int, policy: str, steps: int = 1000
+    exponent: float,
+    slots: int,
+    batch: int,
+    policy: str,
+    steps: int = 1000,
+    warm_up: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> float:
     """Hit rate of one layer of 128 experts top-8, by the decisions of the CPU
-    platform."""
+    platform.
+
+    Args:
+        warm_up: steps that are not counted; a tenth of `steps` if not given.
+        dtype: of the random numbers that the ids are drawn from.
+    """
     from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
         ExpertHistory,
     )
@@ -74,11 +85,13 @@ def hit_rate(
     tables, history = ResidencyTables(128, slots), ExpertHistory(128, policy, 128)
     plans = [
         plan_step(
-            tables, history, draw(batch, 128, 8, exponent, generator=generator).numpy()
+            tables,
+            history,
+            draw(batch, 128, 8, exponent, generator=generator, dtype=dtype).numpy(),
         )
         for _ in range(steps)
     ]
-    counted = plans[steps // 10 :]
+    counted = plans[steps // 10 if warm_up is None else warm_up :]
     return sum(plan.hits for plan in counted) / sum(plan.needed for plan in counted)
 
 

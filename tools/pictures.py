@@ -15,14 +15,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.routing import STRATEGIES, draw
+from benchmarks.routing import STRATEGIES, hit_rate
 from tools.sizing_table import OPTIONS, write
 from tools.svg import BLUE, CARD, EDGE, GREEN, GREY, ORANGE, QUIET, RED, WIDTH, Canvas
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
@@ -39,7 +39,7 @@ MODEL, GPU = "Qwen3-30B-A3B", "RTX 4090"
 EXPERTS, TOP_K = 128, 8
 """Of `MODEL`."""
 
-PLANNED = (8, 16, 24, 32, 38, EXPERTS)
+PLANNED = f"8,16,24,32,38,{EXPERTS}"
 PUBLISHED = {8: 42.4, 16: 64.7, 32: 81.0, 64: 91.8}
 """Hit rate of LRU in percent by N, of `MODEL` over 3,225 decoded tokens, each prompt
 with an empty cache: github.com/gajsanders/moe-trace, docs/findings/007."""
@@ -57,14 +57,14 @@ def _gib(num_bytes: int) -> float:
 
 
 @cache
-def plans() -> list[dict[str, Any]]:
-    """What `vllm-moe-prefetch plan` answers of `MODEL` on `GPU`, one plan for each
-    N."""
+def plans(slots: str = PLANNED, *options: str) -> list[dict[str, Any]]:
+    """What `vllm-moe-prefetch plan` answers of `MODEL` on `GPU` with `options`, one
+    plan for each of `slots`."""
     with tempfile.TemporaryDirectory() as place:
         model = write(MODEL, Path(place))
         command = Path(sys.executable).with_name("vllm-moe-prefetch")
         asked = [str(command), "plan", str(model), "--gpu", GPU, "--json", *OPTIONS]
-        asked += ["--slots", ",".join(map(str, PLANNED))]
+        asked += ["--slots", slots, *options]
         result = subprocess.run(asked, capture_output=True, text=True)
     if result.returncode:
         sys.exit(result.stderr)
@@ -115,28 +115,6 @@ def memory() -> str:
     return canvas.svg()
 
 
-def hit_rate(strategy: str, slots: int, batch: int, steps: int = 600) -> float:
-    """Share of the needed experts that are resident, by the policy lru, after 100 steps
-    of warm-up."""
-    generator = torch.Generator().manual_seed(0)
-    tables, history = ResidencyTables(EXPERTS, slots), ExpertHistory(EXPERTS, "lru", 1)
-    hits = needed = 0
-    for step in range(steps):
-        # In double precision no processor's rounding changes an id.
-        ids = draw(
-            batch,
-            EXPERTS,
-            TOP_K,
-            STRATEGIES[strategy],
-            generator=generator,
-            dtype=torch.float64,
-        )
-        plan = plan_step(tables, history, ids.numpy())
-        if step >= 100:
-            hits, needed = hits + plan.hits, needed + plan.needed
-    return hits / needed
-
-
 def hit_rates() -> str:
     """Lines: the hit rate by N, simulated. Rings: published rates of a real model."""
     title = f"Hit rate by slots per MoE layer, N, of {EXPERTS} experts, top-{TOP_K}"
@@ -155,7 +133,11 @@ def hit_rates() -> str:
     lines = (("skewed", 1, BLUE), ("skewed", 8, ORANGE), ("uniform", 1, GREY))
     counts = (8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 127)
     for index, (strategy, batch, colour) in enumerate(lines):
-        rates = [hit_rate(strategy, slots, batch) for slots in counts]
+        # In double precision no processor's rounding changes an id.
+        simulated = partial(
+            hit_rate, steps=600, warm_up=100, dtype=torch.float64, policy="lru"
+        )
+        rates = [simulated(STRATEGIES[strategy], slots, batch) for slots in counts]
         canvas.curve(map(place, counts, rates), colour)
         y = 120 + index * 26
         canvas.line(546, y, 570, y, stroke=colour, stroke_width=3)

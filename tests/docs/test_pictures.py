@@ -48,3 +48,15 @@ def test_the_tables_have_the_figures_of_the_memory_picture():
             row = r" +".join(re.escape(str(column)) for column in columns)
             assert re.search(rf"^ +{row}$", sizing, re.M), row
     assert len(re.findall(rf"^\| \d+ of {EXPERTS}", readme, re.M)) == 4
+
+
+def test_the_readmes_row_of_auto():
+    """The number of slots that `auto` takes with the README's own command."""
+    [plan] = plans("auto", "--max-num-seqs", "4")
+    figures = " | ".join(
+        f"{plan[name] / (1 << 30):.2f}"
+        for name in ("gpu_bytes", "kv_cache_bytes", "host_bytes")
+    )
+    words = "`auto` with `--max-num-seqs 4`, as below"
+    row = f"| {words}: {plan['slots']} of {EXPERTS} | {figures} |"
+    assert row in (ROOT / "README.md").read_text(encoding="utf-8")
