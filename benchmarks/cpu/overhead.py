@@ -150,7 +150,7 @@ def decision_microseconds(tokens: int, policy: str, steps: int) -> float:
     experts, slots, top_k = 128, 64, 8
     store = ExpertStore({"w13_weight": torch.zeros(experts, 1)})
     config = MoEPrefetchConfig(slots=slots, policy=policy)
-    manager = CPUSlotManager(config, ExpertRows({}, store, slots, CPUMemory()))
+    manager = CPUSlotManager(config, ExpertRows(store, slots, CPUMemory()))
     generator = torch.Generator().manual_seed(0)
     ids = (
         torch.rand(tokens, experts, generator=generator)

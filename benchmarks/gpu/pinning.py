@@ -119,11 +119,7 @@ def _counters(machine: Machine) -> str:
     store = _store(memory.page)
     managers = []
     for number in range(2):
-        parameters = {
-            name: torch.nn.Parameter(home, requires_grad=False)
-            for name, home in store.tensors.items()
-        }
-        rows = ExpertRows(parameters, store, EXPERTS - STAGED, memory)
+        rows = ExpertRows(store, EXPERTS - STAGED, memory)
         managers.append(
             CudaSlotManager(MoEPrefetchConfig(slots=3), rows, f"layer {number}")
         )

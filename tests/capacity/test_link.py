@@ -73,10 +73,7 @@ def layer_rows(slots, experts=8):
         "w13": torch.arange(experts * 6.0).view(experts, 2, 3),
         "w2": torch.arange(experts * 600_000.0).view(experts, 600_000),
     }
-    parameters = {
-        n: torch.nn.Parameter(t.clone(), requires_grad=False) for n, t in homes.items()
-    }
-    rows = ExpertRows(parameters, ExpertStore(homes), slots, CPUMemory())
+    rows = ExpertRows(ExpertStore(homes), slots, CPUMemory())
     rows.fill_slots(range(slots))
     return rows
 
@@ -149,8 +146,7 @@ def test_uniform_routing_loads_what_the_formula_says():
 
     experts, top_k, slots, steps = 32, 4, 12, 3000
     home = {"w": torch.zeros(experts, 1)}
-    parameters = {"w": torch.nn.Parameter(torch.zeros(experts, 1), requires_grad=False)}
-    rows = ExpertRows(parameters, ExpertStore(home), slots, CPUMemory())
+    rows = ExpertRows(ExpertStore(home), slots, CPUMemory())
     manager = CPUSlotManager(MoEPrefetchConfig(slots=slots), rows)
     torch.manual_seed(0)
     for _ in range(steps):

@@ -28,19 +28,16 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchError,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.backend import CudaBackend
-from vllm.model_executor.layers.fused_moe.expert_slots.cuda.experts import (
-    SlottedTritonExperts,
-)
 from vllm.model_executor.layers.fused_moe.expert_slots.layer import ExpertSlotsMixin
 from vllm.model_executor.layers.fused_moe.expert_slots.model_load import (
     ModelLoad,
     loading,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import (
+    parameters_of_experts,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
     pages_of,
-)
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import (
-    per_expert_parameters,
 )
 from vllm.plugins.moe_gpu_prefetch import register, registry
 
@@ -132,9 +129,9 @@ def test_so_are_those_of_the_transformers_backend(directory, monkeypatch):
 def assert_on_the_host(found, name, experts):
     assert found and all(isinstance(layer, ExpertSlotsMixin) for layer in found)
     for layer in found:
-        assert layer.quant_method.experts_cls is SlottedTritonExperts
+        assert layer.quant_method.experts_cls is TritonExperts
         assert not layer.quant_method.requires_device_loading
-        parameters = per_expert_parameters(layer, experts)
+        parameters = parameters_of_experts(layer)
         assert {"w13_weight", "w2_weight"} <= set(parameters)
         for parameter in parameters.values():
             assert parameter.device.type == "cpu" and len(parameter) == experts
@@ -214,7 +211,7 @@ def test_another_kernel_is_refused_by_name(directory, monkeypatch):
         unquantized, "backend_to_kernel_cls", lambda _: [FlashInferExperts]
     )
     with pytest.raises(
-        MoEPrefetchError, match=r"its kernel is FlashInferExperts.*--moe-backend"
+        MoEPrefetchError, match=r"FlashInferExperts is not known to give the same bits"
     ):
         built(make_checkpoint(directory / "qwen3-moe"), 5, monkeypatch)
 

@@ -29,14 +29,8 @@ def make_manager(
         num_experts, 2, 512
     )
     store = ExpertStore({"w13_weight": rows, "w2_weight": -rows[:, 0]})
-    parameters = {
-        name: torch.nn.Parameter(t, requires_grad=False)
-        for name, t in store.tensors.items()
-    }
     config = MoEPrefetchConfig(slots=num_slots, policy=policy, lfu_half_life=half_life)
-    return CPUSlotManager(
-        config, ExpertRows(parameters, store, num_slots, memory or CPUMemory())
-    )
+    return CPUSlotManager(config, ExpertRows(store, num_slots, memory or CPUMemory()))
 
 
 @st.composite

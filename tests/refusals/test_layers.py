@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -131,8 +132,10 @@ def test_layers_are_built_with_the_kernels_that_slots_would_have(
     register()
     stock, choose = RoutedExperts.__init__, RoutedExperts._get_quant_method
 
-    def prepare(moe_config, quant_config):
-        moe_config.prepared = quant_config is None
+    @contextmanager
+    def choosing(moe_config):
+        moe_config.prepared = True
+        yield
 
     def build():
         chosen = []
@@ -144,7 +147,7 @@ def test_layers_are_built_with_the_kernels_that_slots_would_have(
         RoutedExperts._get_quant_method = seen
         from vllm.config import get_current_vllm_config
 
-        with kernels_for(SimpleNamespace(prepare=prepare)):
+        with kernels_for(SimpleNamespace(choosing_kernels=choosing)):
             initialize_model(vllm_config=get_current_vllm_config())
         return chosen, RoutedExperts.__init__ is stock
 

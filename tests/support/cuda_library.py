@@ -90,8 +90,55 @@ def moe_sum(rows, out, topk_ids=None, expert_map=None):
     out.copy_(rows.sum(1))
 
 
+FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
+
+
+def _to_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def scaled_fp8_quant(x, scale=None, *, use_per_token_if_dynamic=False, **_):
+    """[tokens, width] -> FP8, and the scale: as given, of each token [tokens, 1], or of
+    all tokens together [1]."""
+    if scale is None:
+        per_token = use_per_token_if_dynamic
+        size = x.abs().amax(1, keepdim=True) if per_token else x.abs().max().view(1)
+        scale = (size.float() / FP8_MAX).clamp(min=1e-12)
+    return _to_fp8(x, scale), scale
+
+
+def per_token_group_quant_fp8(x, group_size, **_):
+    """[tokens, width] -> FP8, and scales [tokens, width / group_size]."""
+    groups = x.float().unflatten(-1, (-1, group_size))
+    scale = (groups.abs().amax(-1) / FP8_MAX).clamp(min=1e-10)
+    return _to_fp8(groups, scale[..., None]).flatten(-2), scale
+
+
+def silu_and_mul_per_block_quant(x, group_size, quant_dtype, *_, **__):
+    """[tokens, 2 * width] -> as `per_token_group_quant_fp8` of the activation."""
+    out = torch.empty(x.shape[0], x.shape[1] // 2)
+    activate(MoEActivation.SILU, out, x)
+    return per_token_group_quant_fp8(out, group_size)
+
+
+def scaled_int8_quant(x, scale, *_, **__):
+    """[tokens, width] -> int8, by the scale given."""
+    return (x.float() / scale).round().clamp(-128, 127).to(torch.int8), scale, None
+
+
+def per_token_quant_int8(x):
+    """[tokens, width] -> int8, and scales [tokens, 1]. Stock's is a Triton kernel whose
+    function for rounding the interpreter lacks."""
+    scale = (x.float().abs().amax(1, keepdim=True) / 127).clamp(min=1e-10)
+    return scaled_int8_quant(x, scale)[:2]
+
+
 def stand_in_for_cuda_library(monkeypatch: pytest.MonkeyPatch) -> None:
     module = "vllm.model_executor.layers.fused_moe"
     monkeypatch.setattr(ops, "moe_align_block_size", align)
     monkeypatch.setattr(ops, "moe_sum", moe_sum)
+    for quantise in (scaled_fp8_quant, scaled_int8_quant, silu_and_mul_per_block_quant):
+        monkeypatch.setattr(ops, quantise.__name__, quantise)
+    for quantise in (per_token_group_quant_fp8, per_token_quant_int8):
+        monkeypatch.setattr(f"{module}.utils.{quantise.__name__}", quantise)
     monkeypatch.setattr(f"{module}.modular_kernel.apply_moe_activation", activate)

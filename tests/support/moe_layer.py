@@ -2,13 +2,16 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """One MoE layer twice, as vLLM's modular kernel runs it: with all experts resident, and
 from slots. The kernels run in Triton's interpreter; its bfloat16 is wrong, so float32
-and float16 alone."""
+and float16 alone. Quantised weights are as in `moe_formats`."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.all2all_utils import (
+    maybe_make_prepare_finalize,
+)
 from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEConfig,
     FusedMoEParallelConfig,
@@ -17,20 +20,18 @@ from vllm.model_executor.layers.fused_moe.config import (
     biased_moe_quant_config,
 )
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-from vllm.model_executor.layers.fused_moe.oracle.unquantized import (
-    UnquantizedMoeBackend,
-    make_unquantized_moe_kernel,
-)
 from vllm.v1.worker.workspace import (
     init_workspace_manager,
     is_workspace_manager_initialized,
 )
 
 from tests.support.cuda_library import activate
+from tests.support.moe_formats import Format
+from vllm.model_executor.layers.fused_moe import modular_kernel
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import CPUMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.experts import (
-    SlottedTritonExperts,
+    slotted_triton_experts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
     CudaSlotManager,
@@ -48,7 +49,13 @@ HIDDEN, WIDTH = 64, 32
 @dataclass
 class Layer:
     """A layer of random weights. `expert_map` ([model's experts] int32) makes it one
-    rank's."""
+    rank's.
+
+    Attributes:
+        tensors: what belongs to an expert, name -> [E, ...], all experts.
+        parameters: the same names; the rows that the slots are part of.
+        floats: the weights and biases that `tensors` stand for, in float32.
+    """
 
     slots: int
     experts: int = 16
@@ -61,19 +68,21 @@ class Layer:
     expert_map: torch.Tensor | None = None
     seed: int = 0
     memory: Memory = field(default_factory=CPUMemory)
+    quant: Format | None = None
+    hidden: int = HIDDEN
+    width: int = WIDTH
 
     def __post_init__(self) -> None:
         if not is_workspace_manager_initialized():
             init_workspace_manager(torch.device("cpu"))
         self.generator = torch.Generator().manual_seed(self.seed)
-        up = 2 * WIDTH if self.activation.is_gated else WIDTH
-        self.tensors = {
-            "w13_weight": self.normal(self.experts, up, HIDDEN),
-            "w2_weight": self.normal(self.experts, HIDDEN, WIDTH),
-        }
+        up = self.width * (2 if self.activation.is_gated else 1)
+        self.tensors, self.floats = {}, {}
+        self._add_weight("w13", up, self.hidden)
+        self._add_weight("w2", self.hidden, self.width)
         if self.bias:
-            self.tensors["w13_bias"] = self.normal(self.experts, up)
-            self.tensors["w2_bias"] = self.normal(self.experts, HIDDEN)
+            self._add_bias("w13_bias", up)
+            self._add_bias("w2_bias", self.hidden)
         homes = {
             n: host_tensor(t.shape, t.dtype).copy_(t) for n, t in self.tensors.items()
         }
@@ -82,27 +91,49 @@ class Layer:
             for name, t in self.tensors.items()
         }
         self.kernels = {
-            "stock": self._kernel(TritonExperts, self.tensors),
-            "slots": self._kernel(SlottedTritonExperts, self.parameters),
+            "stock": self._kernel(self.tensors),
+            "slots": self._kernel(self.parameters),
         }
-        rows = ExpertRows(self.parameters, ExpertStore(homes), self.slots, self.memory)
+        stock = self.kernels["slots"].impl.fused_experts
+        slotted = object.__new__(slotted_triton_experts(type(stock)))
+        slotted.__dict__.update(stock.__dict__)
+        self.kernels["slots"].impl.fused_experts = slotted
+        rows = ExpertRows(ExpertStore(homes), self.slots, self.memory)
+        for name, parameter in self.parameters.items():
+            parameter.data = rows.tensors[name]
         config = MoEPrefetchConfig(slots=self.slots, policy=self.policy)
         self.manager = CudaSlotManager(config, rows, expert_map=self.expert_map)
-        self.kernels["slots"].fused_experts.slot_manager = self.manager
+        slotted.slot_manager = self.manager
 
     def normal(self, *shape: int) -> torch.Tensor:
         return (torch.randn(shape, generator=self.generator) * 0.2).to(self.dtype)
+
+    def _add_weight(self, role: str, out: int, inner: int) -> None:
+        weight = self.normal(self.experts, out, inner)
+        if self.quant is None:
+            self.tensors[f"{role}_weight"] = weight
+            self.floats[f"{role}_weight"] = weight.float()
+            return
+        # No two experts are of one size, so a scale of another expert is noticed.
+        size = torch.linspace(0.5, 2, self.experts)[:, None, None]
+        parts, meant = self.quant.pack(weight.float() * size)
+        self.tensors |= {f"{role}_{suffix}": part for suffix, part in parts.items()}
+        self.floats[f"{role}_weight"] = meant
+
+    def _add_bias(self, name: str, out: int) -> None:
+        self.tensors[name] = self.normal(self.experts, out)
+        self.floats[name] = self.tensors[name].float()
 
     @property
     def model_experts(self) -> int:
         return self.experts if self.expert_map is None else len(self.expert_map)
 
-    def _kernel(self, experts_cls: type, tensors: dict[str, Any]) -> Any:
+    def _kernel(self, tensors: dict[str, Any]) -> Any:
         config = FusedMoEConfig(
             num_experts=self.model_experts,
             experts_per_token=self.top_k,
-            hidden_dim=HIDDEN,
-            intermediate_size=WIDTH,
+            hidden_dim=self.hidden,
+            intermediate_size=self.width,
             num_local_experts=self.experts,
             num_logical_experts=self.model_experts,
             activation=self.activation,
@@ -112,23 +143,31 @@ class Layer:
             in_dtype=self.dtype,
             has_bias=self.bias,
         )
+        quant = self._quant_config(tensors)
+        experts_cls = self.quant.experts_cls if self.quant else TritonExperts
+        return modular_kernel.FusedMoEKernel(
+            maybe_make_prepare_finalize(
+                moe=config, quant_config=quant, allow_new_interface=True
+            ),
+            experts_cls(moe_config=config, quant_config=quant),
+        )
+
+    def _quant_config(self, tensors: dict[str, Any]) -> FusedMoEQuantConfig:
+        if self.quant is not None:
+            return self.quant.config(tensors)
         uninterleaved = self.activation is MoEActivation.SWIGLUOAI_UNINTERLEAVE
         options = {"gemm1_clamp_limit": 7.0} if uninterleaved else {}
         if self.bias:
-            quant = biased_moe_quant_config(
+            return biased_moe_quant_config(
                 tensors["w13_bias"], tensors["w2_bias"], **options
             )
-        else:
-            quant = FusedMoEQuantConfig.make(**options)
-        return make_unquantized_moe_kernel(
-            quant, config, UnquantizedMoeBackend.TRITON, experts_cls
-        )
+        return FusedMoEQuantConfig.make(**options)
 
     def batch(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden states [tokens, hidden], router's weights and ids [tokens, top_k]."""
         scores = torch.rand(tokens, self.model_experts, generator=self.generator)
         weights, ids = scores.topk(self.top_k)
-        return self.normal(tokens, HIDDEN), weights, ids.to(torch.int32)
+        return self.normal(tokens, self.hidden), weights, ids.to(torch.int32)
 
     def run(
         self, kernel: str, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
@@ -151,9 +190,10 @@ class Layer:
     def reference(
         self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
     ) -> torch.Tensor:
-        """The same by plain matrix products in float32, without a kernel."""
-        out = torch.zeros(len(x), HIDDEN)
-        w = {name: tensor.float() for name, tensor in self.tensors.items()}
+        """The same by plain matrix products in float32, without a kernel. Activations
+        are not quantised."""
+        out = torch.zeros(len(x), self.hidden)
+        w = self.floats
         for token, (its_weights, its_ids) in enumerate(
             zip(weights, ids.tolist(), strict=True)
         ):
@@ -165,7 +205,7 @@ class Layer:
                 row = x[token].float() * (weight if self.weight_on_input else 1)
                 up = w["w13_weight"][expert] @ row
                 up = up + (w["w13_bias"][expert] if self.bias else 0)
-                hidden = torch.empty(WIDTH)
+                hidden = torch.empty(self.width)
                 activate(self.activation, hidden, up)
                 down = w["w2_weight"][expert] @ hidden + (
                     w["w2_bias"][expert] if self.bias else 0

@@ -41,11 +41,7 @@ def make_store(experts: int, width: int = 8, small: bool = True) -> ExpertStore:
 
 
 def make_rows(store: ExpertStore, slots: int, memory: Memory) -> ExpertRows:
-    parameters = {
-        name: torch.nn.Parameter(t, requires_grad=False)
-        for name, t in store.tensors.items()
-    }
-    return ExpertRows(parameters, store, slots, memory)
+    return ExpertRows(store, slots, memory)
 
 
 class Pair:

@@ -14,6 +14,9 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.marlin_experts import (
+    mapping_blocks,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.refusals import reasons
 from vllm.model_executor.layers.fused_moe.expert_slots.warm_start import (
     ResidentsFile,
@@ -55,8 +58,9 @@ def guard_worker() -> None:
     """Wraps methods of the worker that holds slots, once in a process. Called in
     workers only: by then they have imported what is wrapped.
 
-    After warm-up the slots are reset to what loading left, or to what an earlier engine
-    left (`warm_start.py`). When the worker ends, its residents are written. Calls that
+    The blocks of Marlin's kernel are mapped to rows (`cuda/marlin_experts.py`). After
+    warm-up the slots are reset to what loading left, or to what an earlier engine left
+    (`warm_start.py`). When the worker ends, its residents are written. Calls that
     would take a layer's rows for the model's parameters are refused.
 
     Raises:
@@ -98,7 +102,14 @@ def guard_worker() -> None:
             keeper.close()
         end(self)
 
+    require(
+        "vllm.model_executor.layers.fused_moe.experts.marlin_moe:moe_align_block_size"
+    )
+    from vllm.model_executor.layers.fused_moe.experts import marlin_moe
+
+    align = "moe_align_block_size"
     wrapping.install(
+        wrapping.Wrap(marlin_moe, align, mapping_blocks(getattr(marlin_moe, align))),
         wrapping.Wrap(warm, "compile_or_warm_up_model", warm_up_and_reset),
         wrapping.Wrap(Worker, "shutdown", write_and_end),
         *(

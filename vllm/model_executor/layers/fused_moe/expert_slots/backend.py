@@ -4,6 +4,7 @@
 is."""
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -124,22 +125,28 @@ class Backend(ABC):
     pins: bool
 
     @abstractmethod
-    def prepare(self, moe_config: Any, quant_config: Any) -> None:
-        """Chooses a kernel that slots can serve, before stock builds a layer. If
-        experts are quantised, stock chooses, and `objection` refuses its choice."""
+    def choosing_kernels(self, moe_config: Any) -> AbstractContextManager[None]:
+        """Within, stock builds a layer with a kernel that slots can serve.
+
+        Args:
+            moe_config: the layer's.
+
+        Raises:
+            MoEPrefetchError: on leaving, if stock has none of these for the layer.
+        """
 
     @abstractmethod
     def objection(self, layer: Any) -> str | None:
         """Why a layer that stock has built cannot have slots, or None."""
 
-    def processed_width(self, layer: Any) -> int:
-        """The width of an expert after stock has processed its weights, which may pad
-        it: elements of the intermediate size per rank."""
-        return int(layer.moe_config.intermediate_size_per_partition)
+    @abstractmethod
+    def slotted(self, experts_cls: type) -> type | None:
+        """The class that runs `experts_cls`, one of stock's, on rows. None if slots
+        cannot serve it."""
 
     @abstractmethod
-    def slotted(self, experts_cls: type) -> type:
-        """The class that runs `experts_cls`, one of stock's, on rows."""
+    def processing_device(self, layer: Any) -> torch.device:
+        """Where stock processes the layer's weights."""
 
     @abstractmethod
     def memory(self, device: torch.device) -> Memory:

@@ -27,13 +27,18 @@ from vllm.model_executor.layers.fused_moe.expert_slots.model_load import (
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.refusals.layers import (
     cannot_serve,
-    configs_among,
     layer_objection,
+    moe_config_among,
     runner_objection,
     top_k_objection,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.store import (
     SharedStore,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import (
+    FEW,
+    Bundle,
+    few_experts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.coverage import (
     LoadCoverage,
@@ -44,10 +49,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.memory import Memory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import (
-    ExpertStore,
-    per_expert_parameters,
-)
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import ExpertStore
 
 logger = init_logger(__name__)
 
@@ -132,15 +134,14 @@ class ExpertSlotsMixin(_Layer):
     shared_store: SharedStore | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
-        moe_config, quant_config = configs_among(*args, *kwargs.values())
+        moe_config = moe_config_among(*args, *kwargs.values())
         load = current_load()
         slots = _slots_for(load, moe_config) if load is not None else None
         if load is None or slots is None:
             super().__init__(*args, **kwargs)
             return
         backend = current_backend()
-        backend.prepare(moe_config, quant_config)
-        with torch.device("cpu"):
+        with backend.choosing_kernels(moe_config), torch.device("cpu"):
             super().__init__(*args, **kwargs)
         self.slots_config, self.num_slots = load.config, slots
         self.shared_store = load.store
@@ -159,7 +160,6 @@ class ExpertSlotsMixin(_Layer):
             self, get_current_vllm_config().load_config.load_format
         )
         method: Any = self.quant_method
-        method.experts_cls = backend.slotted(method.experts_cls)
         self._process_weights = self.quant_method.process_weights_after_loading
         method.process_weights_after_loading = self._process_then_make_slots
         self.quant_method.requires_device_loading = False
@@ -210,35 +210,80 @@ class ExpertSlotsMixin(_Layer):
 
     def _process_then_make_slots(self, layer: torch.nn.Module) -> None:
         assert self.num_slots is not None
-        parameters = per_expert_parameters(layer, self.local_num_experts)
-        attached = self.shared_store is not None and self.shared_store.ready
-        if attached:
-            # The store holds processed experts. Stock's processing of one expert builds
-            # the kernel.
-            for parameter in parameters.values():
-                parameter.data = parameter.data[:1].clone()
-        self._process_weights(layer)
-        shown = 1 if attached else self.local_num_experts
-        parameters = per_expert_parameters(layer, shown, only=set(parameters))
-        device = self.moe_config.device
-        for name, other in layer.named_parameters(recurse=False):
-            if name not in parameters:
-                other.data = other.data.to(device)
-        store = ExpertStore(
-            self._home({name: p.data for name, p in parameters.items()})
+        shared, memory = self.shared_store, self._memory
+        stored = (
+            shared.attach(self.layer_name)
+            if shared is not None and shared.ready
+            else None
         )
-        memory = self._memory
-        if self.shared_store is not None:
-            for tensor in store.tensors.values():
+        bundle = self._processed(stored)
+        layer_wide = bundle.values()
+        if stored is None:
+            homes = bundle.tensors()
+            if shared is None:
+                homes = _own_pages(homes) if self._backend.pins else homes
+            else:
+                mapped = shared.add(self.layer_name, homes | layer_wide)
+                homes = {name: mapped[name] for name in homes}
+        else:
+            self._check_stored(stored, bundle)
+            homes = {name: stored[name] for name in bundle.experts}
+            layer_wide = {name: stored[name].clone() for name in layer_wide}
+        store = ExpertStore(homes)
+        if shared is not None:
+            for tensor in homes.values():
                 memory.pin(tensor, read_only=True)
-        rows = ExpertRows(parameters, store, self.num_slots, memory)
+        device = self.moe_config.device
+        bundle.set_values({name: t.to(device) for name, t in layer_wide.items()})
+        rows = ExpertRows(store, self.num_slots, memory)
+        bundle.set_rows(layer, rows.tensors)
+        for name, parameter in layer.named_parameters(recurse=False):
+            if name not in bundle.experts:  # the router's
+                parameter.data = parameter.data.to(device)
+        self._use(rows)
+        self.shared_store = None
+
+    def _processed(self, stored: dict[str, torch.Tensor] | None) -> Bundle:
+        """Has stock process the experts that were read, or a few if they are `stored`
+        in a shared store as they were processed once."""
+        device = self._backend.processing_device(self)
+        if stored is None:
+            for parameter in self.parameters(recurse=False):
+                if parameter.device.type == "cpu":  # and not the router's
+                    parameter.data = parameter.data.to(device)
+            self._process_weights(self)
+            return Bundle.of(self, self.local_num_experts)
+        # What stock notes while it reads biases.
+        biases: Any = self._loaded_expert_biases
+        biases.update(name for name in stored if name.endswith("_bias"))
+        with few_experts(self, device):
+            self._process_weights(self)
+        return Bundle.of(self, FEW)
+
+    def _use(self, rows: ExpertRows) -> None:
+        """Lets stock's kernel, which has just been made, run on `rows`.
+
+        Raises:
+            MoEPrefetchError: it is not one that slots can serve.
+        """
+        method: Any = self.quant_method
+        stock = getattr(method.moe_kernel, "fused_experts", None)
+        slotted = self._backend.slotted(type(stock))
+        if slotted is None:
+            raise cannot_serve(
+                self.layer_name,
+                self,
+                f"{type(method).__name__} runs it with {type(stock).__name__}",
+            )
+        # Made from stock's object: some of stock's methods accept no other class.
+        experts: Any = object.__new__(slotted)
+        vars(experts).update(vars(stock))
         manager = self._backend.manager(
             self.slots_config, rows, self, get_world_group().rank
         )
-        method: Any = self.quant_method
-        method.moe_kernel.fused_experts.slot_manager = manager
+        experts.slot_manager, experts.layer = manager, self
+        method.moe_kernel.impl.fused_experts = experts
         self.slot_manager = manager
-        self.shared_store = None
 
     def _workers_memory(self) -> Memory:
         """The memory of this worker's rows, which all its layers share, drafts
@@ -255,35 +300,40 @@ class ExpertSlotsMixin(_Layer):
                 return layer._memory
         return self._backend.memory(torch.device(self.moe_config.device))
 
-    def _home(self, processed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The host tensors that become the store: the shared store's mapping, or this
-        process's pages."""
-        if self.shared_store is None:
-            pins = self._backend.pins
-            return {name: _own_pages(t) if pins else t for name, t in processed.items()}
-        if not self.shared_store.ready:
-            return self.shared_store.add(self.layer_name, processed)
-        tensors = self.shared_store.attach(self.layer_name)
-        for name, row in processed.items():
-            if (
-                tensors[name].shape[1:] != row.shape[1:]
-                or tensors[name].dtype != row.dtype
-            ):
-                raise MoEPrefetchError(
-                    f"the shared store holds {self.layer_name}.{name} as rows of "
-                    f"{tuple(tensors[name].shape[1:])} {tensors[name].dtype}, this "
-                    f"model needs {tuple(row.shape[1:])} {row.dtype}. Remove it with "
-                    "vllm-moe-prefetch stores DIRECTORY --remove."
-                )
-        return tensors
+    def _check_stored(self, stored: dict[str, torch.Tensor], bundle: Bundle) -> None:
+        """Checks that what a shared store holds is what this layer needs."""
+        needed = {name: (t.shape[1:], t.dtype) for name, t in bundle.tensors().items()}
+        values = bundle.values()
+        found = {
+            name: (t.shape[1:], t.dtype)
+            for name, t in stored.items()
+            if name not in values
+        }
+        if found != needed or not values.keys() <= stored.keys():
+            raise MoEPrefetchError(
+                f"the shared store holds {self.layer_name} as {_in_words(found)}, this "
+                f"model needs {_in_words(needed)}. Remove it with vllm-moe-prefetch "
+                "stores DIRECTORY --remove."
+            )
 
 
-def _own_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, or a copy of it if it shares pages with other memory."""
-    pages = pages_of(tensor)
-    if pages is not None and tensor.is_contiguous() and pages.size == tensor.nbytes:
-        return tensor
-    return host_tensor(tensor.shape, tensor.dtype).copy_(tensor)
+def _in_words(rows: dict[str, tuple[torch.Size, torch.dtype]]) -> str:
+    return ", ".join(
+        f"{name} {list(shape)} {str(dtype).removeprefix('torch.')}"
+        for name, (shape, dtype) in sorted(rows.items())
+    )
+
+
+def _own_pages(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`tensors`, those copied to the host that are elsewhere or share pages with other
+    memory."""
+    homes = {}
+    for name, tensor in tensors.items():
+        pages = pages_of(tensor) if tensor.device.type == "cpu" else None
+        if pages is None or pages.size != tensor.nbytes:
+            tensor = host_tensor(tensor.shape, tensor.dtype).copy_(tensor)
+        homes[name] = tensor
+    return homes
 
 
 class CheckedMoERunner(_Runner):

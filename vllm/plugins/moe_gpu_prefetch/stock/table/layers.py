@@ -2,7 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The MoE layer, its kernels, and how vLLM builds both."""
 
-from vllm.plugins.moe_gpu_prefetch.stock.seam import V0_33, relied_on, replaced
+from vllm.plugins.moe_gpu_prefetch.stock.seam import (
+    V0_33,
+    relied_on,
+    replaced,
+    wrapped,
+)
 
 _MOE = "vllm.model_executor.layers.fused_moe"
 _LAYER = f"{_MOE}.routed_experts:RoutedExperts"
@@ -83,13 +88,25 @@ LAYERS = (
         "is the experts object that gets a layer's slot manager",
     ),
     relied_on(
+        f"{_MOE}.modular_kernel:FusedMoEKernelModularImpl.fused_experts",
+        "is replaced by an object of our class with the same attributes (set in "
+        "__init__)",
+    ),
+    relied_on(
+        f"{_MOE}.modular_kernel:FusedMoEExperts.is_supported_config",
+        "tells stock's oracles which kernels support a layer; while a layer is built, "
+        "those that slots do not serve do not",
+        in_tree="the oracles skip kernels without `supports_expert_slots` when the "
+        "option is set",
+    ),
+    relied_on(
         f"{_MOE}.unquantized_fused_moe_method:UnquantizedFusedMoEMethod.experts_cls",
-        "tells a layer's kernel, and is set to ours (set in __init__)",
+        "tells a layer's kernel, as in the methods of other formats (set in __init__)",
     ),
     relied_on(f"{_METHOD}.moe_kernel", "holds the experts object (set in __init__)"),
     relied_on(
         f"{_METHOD}.moe_quant_config",
-        "is searched for per-expert tensors that slots cannot follow (set in __init__)",
+        "is searched for per-expert tensors, which become rows (set in __init__)",
     ),
     relied_on(
         f"{_MOE}.experts.triton_moe:TritonExperts.apply",
@@ -101,13 +118,24 @@ LAYERS = (
         in_tree="the subclass is selected by the oracle when the option is set",
     ),
     relied_on(
+        f"{_MOE}.experts.marlin_moe:MarlinExperts.apply",
+        "is the GPU's kernel for 4 bits; our subclass plans and loads before it",
+        *_ARRAYS,
+    ),
+    wrapped(
+        f"{_MOE}.experts.marlin_moe:moe_align_block_size",
+        "maps the expert blocks of a slotted layer to rows",
+        in_tree="MarlinExperts maps the block list when it has a slot manager",
+        deferred=True,
+    ),
+    relied_on(
         _CPU_KERNEL,
         "is extended, with its subclasses: plans, loads, and runs on row numbers",
     ),
     relied_on(
-        f"{_CPU_KERNEL}._padded_intermediate_size",
-        "is the width to which an expert is padded when it is processed",
-        "moe_config",
+        f"{_LAYER}._loaded_expert_biases",
+        "says which biases a checkpoint has; those of an attached store were read once "
+        "(set in __init__)",
     ),
     relied_on(f"{_CPU_KERNEL}.apply", "is the CPU's kernel", *_ARRAYS),
     relied_on(

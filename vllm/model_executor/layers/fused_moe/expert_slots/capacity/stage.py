@@ -31,6 +31,10 @@ from vllm.model_executor.layers.fused_moe.expert_slots.capacity.plan import (
     Footprint,
     MoELayer,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.capacity.processed import (
+    Rows,
+    processed_rows,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.ranks import (
     expert_maps_on_the_host,
     first_rank_of,
@@ -46,8 +50,8 @@ from vllm.model_executor.layers.fused_moe.expert_slots.refusals.models import (
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.replacing import replaced
 from vllm.model_executor.layers.fused_moe.expert_slots.versions import kv_cache_bytes
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import (
-    per_expert_parameters,
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import (
+    parameters_of_experts,
 )
 
 
@@ -87,12 +91,16 @@ def measure_stage(
         layers = [
             module for module in model.modules() if isinstance(module, RoutedExperts)
         ]
-        experts = {id(p) for layer in layers for p in _experts(layer).values()}
+        experts = {
+            id(p) for layer in layers for p in parameters_of_experts(layer).values()
+        }
         tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
         others = [t for i, t in tensors.items() if i not in experts]
         kv_sequence, kv_block = _kv_cache_bytes(vllm_config)
+        objection = model_objection(model, backend)
+        known = None if objection else dict[Any, Rows]()
         footprint = Footprint(
-            layers=tuple(_moe_layer(layer, backend) for layer in layers),
+            layers=tuple(_moe_layer(layer, known) for layer in layers),
             other_weight_bytes=sum(t.nbytes for t in others if not tables.hold(t)),
             kv_sequence_bytes=kv_sequence,
             kv_block_bytes=kv_block,
@@ -101,29 +109,19 @@ def measure_stage(
             host_table_bytes=tables.num_bytes,
         )
         bypassing = None if layers else experts_elsewhere(model, model_config)
-        return footprint, model_objection(model, backend), bypassing
+        return footprint, objection, bypassing
 
 
-def _experts(layer: RoutedExperts) -> dict[str, torch.nn.Parameter]:
-    return per_expert_parameters(layer, layer.local_num_experts)
-
-
-def _moe_layer(layer: RoutedExperts, backend: Backend) -> MoELayer:
+def _moe_layer(layer: RoutedExperts, known: dict[Any, Rows] | None) -> MoELayer:
+    """A layer as it is once it has been processed; as it is in the checkpoint if
+    `known` is None, because slots do not serve it."""
     if reason := top_k_objection(layer.moe_config):
         raise cannot_serve(layer.layer_name, layer, reason)
-    width = layer.moe_config.intermediate_size_per_partition
-    padded = backend.processed_width(layer)
-
-    def row_bytes(name: str, parameter: torch.nn.Parameter) -> int:
-        # The bias of the second projection has the hidden size only.
-        along_width = name != "w2_bias"
-        return (
-            parameter[0].nbytes * padded // width
-            if along_width
-            else parameter[0].nbytes
-        )
-
-    rows = tuple((name, row_bytes(name, p)) for name, p in _experts(layer).items())
+    if known is None:
+        parameters = parameters_of_experts(layer).items()
+        rows = tuple((name, p[0].nbytes) for name, p in parameters)
+    else:
+        rows = processed_rows(layer, known)
     share = layer.local_num_experts / layer.global_num_experts
     return MoELayer(layer.local_num_experts, layer.top_k, rows, share)
 

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Expert slots on vLLM's CPU platform."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import Exper
 class CPUBackend(Backend):
     pins = False
 
-    def prepare(self, moe_config: Any, quant_config: Any) -> None:
-        pass
+    def choosing_kernels(self, moe_config: Any) -> AbstractContextManager[None]:
+        return nullcontext()  # stock's own choice
 
     def objection(self, layer: Any) -> str | None:
         if layer.use_ep:
@@ -35,17 +36,13 @@ class CPUBackend(Backend):
             return None
         return f"its kernel {name} is not known to run on remapped expert ids"
 
-    def processed_width(self, layer: Any) -> int:
-        experts_cls = getattr(layer.quant_method, "experts_cls", None)
-        padded = getattr(experts_cls, "_padded_intermediate_size", None)
-        return (
-            super().processed_width(layer)
-            if padded is None
-            else int(padded(layer.moe_config))
-        )
-
-    def slotted(self, experts_cls: type) -> type:
+    def slotted(self, experts_cls: type) -> type | None:
+        if experts_cls.__name__ not in CPU_EXPERTS_CLASSES:
+            return None
         return slotted_cpu_experts(experts_cls)
+
+    def processing_device(self, layer: Any) -> torch.device:
+        return torch.device("cpu")
 
     def memory(self, device: torch.device) -> Memory:
         return CPUMemory()
@@ -53,5 +50,4 @@ class CPUBackend(Backend):
     def manager(
         self, config: MoEPrefetchConfig, rows: ExpertRows, layer: Any, rank: int
     ) -> CPUSlotManager:
-        layer.quant_method.moe_kernel.fused_experts.layer = layer
         return CPUSlotManager(config, rows, layer.layer_name, rank)

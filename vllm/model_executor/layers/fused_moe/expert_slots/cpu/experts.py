@@ -33,6 +33,10 @@ CPU_EXPERTS_CLASSES = {
     "X86CPUUnquantizedExperts",
     "ArmCPUUnquantizedExperts",
     "PowerCPUUnquantizedExperts",
+    "CPUExpertsFp8",
+    "CPUExpertsInt8",
+    "CPUExpertsInt4",
+    "CPUExpertsMxfp4",
 }
 """Stock's kernels of the CPU platform that are known to run on remapped expert ids and
 to give the same bits."""

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Expert slots on CUDA."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,13 +19,15 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchError,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.driver import cuda_driver
-from vllm.model_executor.layers.fused_moe.expert_slots.cuda.experts import (
-    SlottedTritonExperts,
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.kernels import (
+    SERVED,
+    choosing_among_served,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
     CudaSlotManager,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.memory import DeviceMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.refusals import reasons
 from vllm.model_executor.layers.fused_moe.expert_slots.versions import (
     keep_routing_apart,
 )
@@ -35,32 +38,34 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import Exper
 class CudaBackend(Backend):
     pins = True
 
-    def prepare(self, moe_config: Any, quant_config: Any) -> None:
-        if quant_config is not None:
-            return
+    def choosing_kernels(self, moe_config: Any) -> AbstractContextManager[None]:
         keep_routing_apart(moe_config)
-        if moe_config.moe_backend == "auto":
-            moe_config.moe_backend = "triton"
+        return choosing_among_served(moe_config)
 
     def objection(self, layer: Any) -> str | None:
         method = layer.quant_method
-        if not isinstance(method, UnquantizedFusedMoEMethod):
-            name = (
-                layer.quant_config.get_name()
-                if layer.quant_config
-                else type(method).__name__
-            )
-            return (
-                f"its experts are quantised ({name}), and slots on a GPU serve "
-                "unquantised experts only"
-            )
-        name = getattr(getattr(method, "experts_cls", None), "__name__", "none")
-        if name == "TritonExperts":
+        name = getattr(getattr(method, "experts_cls", None), "__name__", None)
+        if name in SERVED:
             return None
-        return f"its kernel is {name}, and slots on a GPU need --moe-backend triton"
+        if name is not None:
+            served = ", ".join(sorted(SERVED))
+            return f"its kernel is {name}, and slots on a GPU need one of {served}"
+        quantised = layer.quant_config.get_name() if layer.quant_config else "its own"
+        return (
+            f"its experts are quantised ({quantised}), and {type(method).__name__} has "
+            f"no kernel that slots can serve. {reasons.OTHER_CHECKPOINT}"
+        )
 
-    def slotted(self, experts_cls: type) -> type:
-        return SlottedTritonExperts
+    def slotted(self, experts_cls: type) -> type | None:
+        make = SERVED.get(experts_cls.__name__)
+        return None if make is None else make(experts_cls)
+
+    def processing_device(self, layer: Any) -> torch.device:
+        # Stock leaves unquantised experts as they are. What it does to others, it does
+        # on a GPU.
+        if isinstance(layer.quant_method, UnquantizedFusedMoEMethod):
+            return torch.device("cpu")
+        return torch.device(layer.moe_config.device)
 
     def memory(self, device: torch.device) -> Memory:
         if reason := pinning_objection():

@@ -14,7 +14,6 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from vllm.model_executor.layers.fused_moe.expert_slots.backend import Backend
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
@@ -68,20 +67,18 @@ def kernels_for(backend: Backend) -> Iterator[None]:
     slots."""
     stock = RoutedExperts.__init__
 
-    def prepared(self: RoutedExperts, *args: Any, **kwargs: Any) -> None:
-        backend.prepare(*configs_among(*args, *kwargs.values()))
-        stock(self, *args, **kwargs)
+    def choosing(self: RoutedExperts, *args: Any, **kwargs: Any) -> None:
+        with backend.choosing_kernels(moe_config_among(*args, *kwargs.values())):
+            stock(self, *args, **kwargs)
 
-    with replaced(RoutedExperts, "__init__", prepared):
+    with replaced(RoutedExperts, "__init__", choosing):
         yield
 
 
-def configs_among(*arguments: Any) -> tuple[FusedMoEConfig, QuantizationConfig | None]:
-    """The layer's configuration and its quantisation's, among the arguments of a class
-    derived from `RoutedExperts`."""
-    moe = next(value for value in arguments if isinstance(value, FusedMoEConfig))
-    quant = (value for value in arguments if isinstance(value, QuantizationConfig))
-    return moe, next(quant, None)
+def moe_config_among(*arguments: Any) -> FusedMoEConfig:
+    """The layer's configuration, among the arguments of a class derived from
+    `RoutedExperts`."""
+    return next(value for value in arguments if isinstance(value, FusedMoEConfig))
 
 
 def layer_objection(layer: RoutedExperts, backend: Backend) -> str | None:

@@ -18,3 +18,7 @@ LORA = "adapters are indexed by expert id, and the kernel gets row numbers"
 NO_EXPERT_MAP = "stock's CPU kernels take no expert map"
 NEVER_WRITTEN = "the experts in host memory are never written after loading"
 OWN_DECODE = "a model's own decode kernels read the experts' weights by expert id"
+OTHER_CHECKPOINT = (
+    "Serve a checkpoint in a format of docs/quantisation.md (compressed-tensors, GPTQ, "
+    "AWQ, FP8, MXFP4, NVFP4)"
+)

@@ -26,18 +26,21 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetch
 from vllm.model_executor.layers.fused_moe.expert_slots.refusals.load_formats import (
     brings_every_tensor,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import (
+    parameters_of_experts,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.regions import (
     Region,
     by_row,
     elements,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import (
-    per_expert_parameters,
-)
 
-_REQUIRED = ("_weight", "_weight_packed", "_qweight")
+_REQUIRED = (
+    *("_weight", "_weight_packed", "_qweight"),
+    *("_weight_scale", "_weight_scale_inv", "_weight_scale_2", "_scales"),
+)
 """Ends of the names of parameters that a checkpoint must fill. It may lack others, such
-as biases and scales, but not for some of the experts only."""
+as biases and zero points, but not for some of the experts only."""
 
 
 class LoadCoverage:
@@ -109,11 +112,9 @@ class LoadCoverage:
     def watch(self) -> None:
         """Begins to watch the memory that the layer's parameters have now."""
         if self._complete_expected:
-            parameters = per_expert_parameters(
-                self._layer, self._layer.local_num_experts
-            )
             self.watched = {
-                name: parameter.data for name, parameter in parameters.items()
+                name: parameter.data
+                for name, parameter in parameters_of_experts(self._layer).items()
             }
 
     def unwatch(self) -> None:

@@ -13,26 +13,16 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import Expe
 
 
 class ExpertRows:
-    """A layer's parameters as E rows, of which the last N are slots
-    (`decisions/step.py`).
-
-    The parameters are the same objects with other data, so kernels and the quantisation
-    config, which refer to them, follow.
+    """A layer's tensors as E rows, of which the last N are slots (`decisions/step.py`).
 
     Attributes:
-        tensors: parameter name -> [E, ...], on the device of `memory`, with the dtype
-            of the store's tensor.
-        slot_rows: parameter name -> [N, ...], a view of the last rows.
+        tensors: name -> [E, ...], on the device of `memory`, with the dtype of the
+            store's tensor.
+        slot_rows: name -> [N, ...], a view of the last rows.
         memory: where the rows lie. Layers that share it share their staging rows.
     """
 
-    def __init__(
-        self,
-        parameters: dict[str, torch.nn.Parameter],
-        store: ExpertStore,
-        num_slots: int,
-        memory: Memory,
-    ):
+    def __init__(self, store: ExpertStore, num_slots: int, memory: Memory):
         self.store = store
         self.num_slots = num_slots
         self.num_staged = store.num_experts - num_slots
@@ -41,8 +31,6 @@ class ExpertRows:
             name: memory.tensor(name, home.shape, home.dtype, self.num_staged)
             for name, home in store.tensors.items()
         }
-        for name, parameter in parameters.items():
-            parameter.data = self.tensors[name]
         self.slot_rows = {
             name: tensor[self.num_staged :] for name, tensor in self.tensors.items()
         }

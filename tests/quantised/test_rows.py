@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""vLLM's own processing for its Marlin kernel makes the rows of an expert from that
+expert alone. So the rows of a layer can be kept in any order, and be compared with a
+layer that was processed whole. Where a value of all experts goes into each row, a layer
+has to be processed whole.
+
+The processing runs here as it is, but for the repacking of one matrix, which is a CUDA
+kernel: a function that moves every word stands in.
+"""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.quantization import get_quantization_config
+
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.fused_moe import config as moe_config
+from vllm.model_executor.layers.fused_moe.expert_slots.capacity.ranks import (
+    first_rank_of,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import Bundle
+
+EXPERTS, HIDDEN, WIDTH = 4, 256, 128
+FP8 = torch.float8_e4m3fn
+BOTH = ("w13", "w2")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format as a checkpoint's config.json names it.
+
+    Attributes:
+        method: vLLM's name of it.
+        parts: ends of the names of what an expert has after the processing.
+        wide: the same of what all experts share.
+        unread: the same of parts that the kernel does not read.
+        bias: whether the checkpoint has biases.
+    """
+
+    method: str
+    config: dict[str, Any]
+    parts: tuple[str, ...]
+    wide: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.bfloat16
+    bias: bool = False
+
+
+def compressed(layout: str, inputs: dict[str, Any] | None = None, **weights: Any):
+    group = {"targets": ["Linear"], "weights": weights, "format": layout}
+    group["input_activations"] = inputs
+    config = {"quant_method": "compressed-tensors", "format": layout, "ignore": []}
+    return "compressed-tensors", config | {"config_groups": {"group_0": group}}
+
+
+def modelopt(algorithm: str, **more: Any) -> dict[str, Any]:
+    more |= {"quant_algo": algorithm, "exclude_modules": []}
+    return {"quantization": more | {"kv_cache_quant_algo": None}}
+
+
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
+FLOAT4 = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group"}
+GPTQ = {"bits": 4, "group_size": 128, "desc_act": False, "lm_head": False}
+FP8_CONFIG = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+AWQ = {"bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+PACKED = ("weight_packed", "weight_scale")
+GPTQ_PARTS = ("qweight", "scales", "qzeros")
+PLAIN = ("weight", "weight_scale")
+NVFP4 = (
+    "modelopt_fp4",
+    modelopt("NVFP4", group_size=16),
+    (*PLAIN, "weight_scale_2"),
+)
+
+FORMATS = {
+    "int4-ct": Format(*compressed("pack-quantized", **INT4, symmetric=True), PACKED),
+    "int4-ct-asym": Format(
+        *compressed("pack-quantized", **INT4, symmetric=False),
+        (*PACKED, "weight_zero_point"),
+    ),
+    "int8-ct": Format(
+        *compressed("pack-quantized", **(INT4 | {"num_bits": 8}), symmetric=True),
+        PACKED,
+    ),
+    "gptq": Format("auto_gptq", GPTQ | {"sym": True}, GPTQ_PARTS, unread=("qzeros",)),
+    "gptq-bias": Format(
+        "auto_gptq",
+        GPTQ | {"sym": True},
+        (*GPTQ_PARTS, "bias"),
+        unread=("qzeros",),
+        bias=True,
+    ),
+    "awq": Format("auto_awq", AWQ, GPTQ_PARTS, dtype=torch.float16),
+    "fp8-block": Format(
+        "fp8",
+        FP8_CONFIG | {"weight_block_size": [128, 128]},
+        ("weight", "weight_scale_inv"),
+    ),
+    "fp8-static": Format(
+        "fp8",
+        FP8_CONFIG | {"activation_scheme": "static"},
+        PLAIN,
+        wide=("input_scale",),
+    ),
+    "fp8-ct-channel": Format(
+        *compressed(
+            "float-quantized",
+            FLOAT8 | {"strategy": "token", "dynamic": True},
+            strategy="channel",
+            **FLOAT8,
+        ),
+        PLAIN,
+    ),
+    "mxfp8": Format("modelopt_mxfp8", modelopt("MXFP8"), PLAIN),
+    "mxfp4": Format("gpt_oss_mxfp4", {}, (*PLAIN, "bias"), bias=True),
+    "mxfp4-ct": Format(
+        *compressed("mxfp4-pack-quantized", **FLOAT4, group_size=32), PLAIN
+    ),
+    "nvfp4": Format(*NVFP4, dtype=torch.float16),
+}
+
+
+@pytest.fixture(autouse=True)
+def without_a_gpu(monkeypatch):
+    def repacked(weight, size_k, size_n, bits, *_) -> torch.Tensor:
+        words = weight.flatten().roll(7).flip(0)
+        return words.view(size_k // 16, size_n * bits // 2)
+
+    def fp8(weight, scale):
+        return (weight / scale).to(FP8), scale
+
+    for name in ("gptq_marlin_repack", "awq_marlin_repack"):
+        monkeypatch.setattr(torch.ops._C, name, repacked, raising=False)
+    monkeypatch.setattr(ops, "scaled_fp8_quant", fp8)
+    monkeypatch.setattr(MarlinExperts, "_supports_current_device", lambda: True)
+
+
+def built(form: Format, experts: int) -> RoutedExperts:
+    """A layer as vLLM builds it, before its checkpoint is read."""
+    parallel = moe_config.FusedMoEParallelConfig.make_no_parallel()
+    config = moe_config.FusedMoEConfig(
+        num_experts=experts,
+        experts_per_token=1,
+        hidden_dim=HIDDEN,
+        intermediate_size=WIDTH,
+        num_local_experts=experts,
+        num_logical_experts=experts,
+        activation=MoEActivation.SILU,
+        device="cpu",
+        routing_method=moe_config.RoutingMethodType.Renormalize,
+        moe_parallel_config=parallel,
+        in_dtype=form.dtype,
+        has_bias=form.bias,
+        moe_backend="marlin",
+    )
+    manager = ExpertMapManager(
+        max_num_batched_tokens=16,
+        top_k=1,
+        global_num_experts=experts,
+        num_redundant_experts=0,
+        num_expert_group=None,
+        moe_parallel_config=parallel,
+        placement_strategy="linear",
+        enable_eplb=False,
+    )
+    quant = get_quantization_config(form.method).from_config(form.config)
+    return RoutedExperts("mlp.experts", form.dtype, config, quant, manager)
+
+
+def processed(form: Format, tensors: dict[str, torch.Tensor] | None = None) -> Any:
+    """A layer that holds `tensors`, random ones if none are given, and what they were,
+    after vLLM's processing."""
+    experts = EXPERTS if tensors is None else len(next(iter(tensors.values())))
+    vllm_config = VllmConfig()
+    vllm_config.model_config = SimpleNamespace(quantization_config=None)
+    alone = SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(form.dtype)
+    try:
+        with set_current_vllm_config(vllm_config), first_rank_of(0, alone):
+            layer = built(form, experts)
+            if tensors is None:
+                tensors = random_tensors(layer)
+            for name, parameter in layer.named_parameters(recurse=False):
+                parameter.data = tensors[name].clone()
+            if form.bias:
+                layer._loaded_expert_biases = {"w13_bias", "w2_bias"}
+            layer.quant_method.process_weights_after_loading(layer)
+    finally:
+        torch.set_default_dtype(default)
+    kernel = layer.quant_method.moe_kernel.fused_experts
+    assert type(kernel) is MarlinExperts
+    return layer, tensors
+
+
+def random_tensors(layer: RoutedExperts) -> dict[str, torch.Tensor]:
+    """Experts of different size, in each of the layer's parameters."""
+    rng = torch.Generator().manual_seed(0)
+    made = {}
+    for name, parameter in layer.named_parameters(recurse=False):
+        shape, dtype = parameter.shape, parameter.dtype
+        size = 2.0 ** -torch.arange(len(parameter)).view(-1, *[1] * (len(shape) - 1))
+        if dtype == torch.int32:
+            value = torch.randint(-(2**31), 2**31, shape, generator=rng)
+        elif dtype == torch.uint8:
+            value = torch.randint(118, 126, shape, generator=rng)
+        elif "scale" in name:
+            value = (torch.rand(shape, generator=rng, dtype=torch.float32) + 0.5) * size
+        else:
+            value = torch.randn(shape, generator=rng, dtype=torch.float32) * size
+        made[name] = value.to(dtype)
+    return made
+
+
+def differing(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> set:
+    """Names whose bits differ."""
+    assert found.keys() == wanted.keys()
+
+    def bits(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.reshape(-1).view(torch.uint8)
+
+    return {n for n in found if not torch.equal(bits(found[n]), bits(wanted[n]))}
+
+
+def rows_of(layer: RoutedExperts, names: Any) -> dict[str, torch.Tensor]:
+    return {name: getattr(layer, name).data for name in names}
+
+
+def names(parts: tuple[str, ...]) -> set[str]:
+    return {f"{role}_{part}" for role in BOTH for part in parts}
+
+
+def read_by_the_kernel(layer: RoutedExperts) -> list[torch.Tensor]:
+    """What stock's `apply` hands its kernel of each expert."""
+    kernel = layer.quant_method.moe_kernel.fused_experts
+    ends = ("w{}_scale", "w{}_zp", "w{}_bias", "g{}_alphas")
+    found = [getattr(kernel, end.format(gemm)) for end in ends for gemm in (1, 2)]
+    return [layer.w13_weight, layer.w2_weight, *(t for t in found if t is not None)]
+
+
+def check(form: Format, alone_differs: set[str]) -> None:
+    """Another order of experts makes the same rows in that order; an expert that is
+    processed alone makes its own, except in `alone_differs`. The kernel reads rows that
+    were put in the place of the experts."""
+    layer, tensors = processed(form)
+    bundle = Bundle.of(layer, EXPERTS)
+    assert bundle.experts.keys() == names(form.parts)
+    assert bundle.layer_wide.keys() == names(form.wide)
+    whole = bundle.tensors()
+    order = torch.tensor([2, 0, 3, 1])
+    permuted, _ = processed(form, {n: t[order] for n, t in tensors.items()})
+    expected = {name: rows[order] for name, rows in whole.items()}
+    assert not differing(rows_of(permuted, whole), expected)
+    assert not differing(rows_of(permuted, names(form.wide)), bundle.values())
+    assert differing(rows_of(permuted, whole), whole) == set(whole)
+    expert = EXPERTS - 1
+    one, _ = processed(form, {n: t[expert:] for n, t in tensors.items()})
+    expected = {name: rows[expert:] for name, rows in whole.items()}
+    assert differing(rows_of(one, whole), expected) == alone_differs
+    moved = {name: rows.clone() for name, rows in whole.items()}
+    bundle.set_rows(layer, moved)
+    read = {tensor.data_ptr() for tensor in read_by_the_kernel(layer)}
+    places = {rows.data_ptr(): name for name, rows in moved.items()}
+    assert read <= places.keys()
+    assert {places[at] for at in places.keys() - read} == names(form.unread)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_are_made_from_their_expert_alone(name):
+    """With the names of what an expert consists of, and of what is shared."""
+    check(FORMATS[name], set())
+
+
+def test_bfloat16_nvfp4_scales_depend_on_all_experts():
+    """vLLM scales all of a layer's scales by a factor of their largest, and takes it
+    out of each expert's global scale."""
+    check(Format(*NVFP4), names(("weight_scale", "weight_scale_2")))
+
+
+def test_int8_activations_depend_on_all_experts(monkeypatch):
+    """VLLM_MARLIN_INPUT_DTYPE=int8: scales become integers, as parts of the layer's
+    largest."""
+    monkeypatch.setenv("VLLM_MARLIN_INPUT_DTYPE", "int8")
+    config = compressed("pack-quantized", **(INT4 | {"group_size": 64}), symmetric=True)
+    form = Format(*config, PACKED, wide=("input_global_scale",), dtype=torch.float16)
+    check(form, names(("weight_scale",)))
