@@ -6,14 +6,19 @@ library are stood in for. In float32: bfloat16 is wrong in Triton's interpreter.
 
 import gc
 import mmap
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 
 from tests.support import ROOT, python_path
 from tests.support.apart import run_apart
+from tests.support.architectures import ARCHITECTURES, Architecture
+from tests.support.architectures.checkpoint import make_dummies_large, write_checkpoint
 from tests.support.engine import answers, assert_offloaded, moe_layers, sampling, start
 from tests.support.sample import make_checkpoint, make_gpt_oss
 from tests.support.stand_in import stand_in
@@ -263,3 +268,82 @@ def test_two_ranks_of_expert_parallelism_equal_stocks(checkpoint, tmp_path, plac
     assert any(
         layer["overflow_steps"] for rank in slotted.counters for layer in rank.values()
     )
+
+
+def topk_sigmoid(weights, ids, _, logits, renormalize, bias, factor=1, is_padding=None):
+    """What vLLM's CUDA library does: the bias chooses, the score alone weighs."""
+    scores = logits.float().sigmoid()
+    chosen = (scores if bias is None else scores + bias).topk(ids.shape[1]).indices
+    chosen_scores = scores.gather(1, chosen)
+    if renormalize:
+        chosen_scores /= chosen_scores.sum(1, keepdim=True)
+    weights.copy_(chosen_scores * factor)
+    ids.copy_(chosen)
+    if is_padding is not None:
+        ids.masked_fill_(is_padding.unsqueeze(1), -1)
+
+
+@pytest.fixture
+def sigmoid_routers(gpu_code, monkeypatch):
+    """The router that stock picks on a GPU for a sigmoid with a bias: its router for
+    the CPU has none, so MiniMax-M2 and Step-3.5 end there."""
+    from vllm.model_executor.layers.fused_moe.router import router_factory
+
+    from vllm import _custom_ops as ops
+
+    cuda = SimpleNamespace(is_cpu=lambda: False)
+    monkeypatch.setattr(router_factory, "current_platform", cuda)
+    monkeypatch.setattr(ops, "topk_sigmoid", topk_sigmoid)
+
+
+def test_a_sigmoid_router_of_minimax_m2(directory, sigmoid_routers):
+    """Stock's words are those of transformers; from slots stock's bits."""
+    architecture = routed_by_a_sigmoid("MiniMaxM2ForCausalLM", scoring_func="sigmoid")
+    checkpoint = write_checkpoint(directory, architecture)
+    stock, layers = ask(checkpoint)
+    assert kernels(layers) == {TritonExperts}
+    assert_meaningful(stock)
+    assert token_ids(stock) == words_of_transformers(checkpoint)
+    outputs, layers = ask(checkpoint, slots=4)
+    assert_on_gpu_code(layers, 4)
+    assert outputs == stock
+
+
+@pytest.mark.exhaustive
+def test_a_sigmoid_router_of_step_3p5(directory, sigmoid_routers, monkeypatch):
+    """With its clipped SwiGLU in the second layer of experts, which no CPU kernel
+    has."""
+    make_dummies_large(monkeypatch)
+    architecture = routed_by_a_sigmoid(
+        "Step3p5ForCausalLM",
+        moe_router_activation="sigmoid",
+        swiglu_limits=[0, 0, 7.0],
+    )
+    checkpoint = write_checkpoint(directory, architecture)
+    stock, layers = ask(checkpoint, load_format="dummy")
+    assert kernels(layers) == {TritonExperts}
+    assert_meaningful(stock)
+    outputs, layers = ask(checkpoint, slots=4, load_format="dummy")
+    assert_on_gpu_code(layers, 4)
+    assert outputs == stock
+
+
+def routed_by_a_sigmoid(name: str, **config: object) -> Architecture:
+    """A row of the matrix, as it is published."""
+    (row,) = (row for row in ARCHITECTURES if row.name == name)
+    return replace(row, config=row.config | config)
+
+
+def words_of_transformers(checkpoint):
+    """What transformers answers to `PROMPTS`, as long as `ask` does."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    found = []
+    for more, prompt in enumerate(PROMPTS):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        for _ in range(4 + more):
+            with torch.no_grad():
+                word = model(ids).logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, word], 1)
+        found.append(ids[0, -4 - more :].tolist())
+    return found

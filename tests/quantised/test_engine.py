@@ -18,6 +18,7 @@ from tests.support.without_amx import gates_open, kernel_is_here
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.catalogue import (
     stores,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.versions import VLLM_0_33
 from vllm.plugins.moe_gpu_prefetch import start as start_up
 
 pytestmark = pytest.mark.skipif(
@@ -112,6 +113,8 @@ def test_outputs_equal_stock_and_a_shared_store_is_attached(
 @pytest.mark.parametrize("slots", [4, 8, EXPERTS - 1])
 @pytest.mark.parametrize("name", ON_CPU)
 def test_outputs_equal_stock(checkpoint_of, stock_of, name, slots, compiled):
+    if compiled and VLLM_0_33:
+        pytest.skip("0.33 over the compiled code of 0.32: stock is not traced")
     stock = stock_of(name, compiled)
     with gates_open():
         slotted = run(

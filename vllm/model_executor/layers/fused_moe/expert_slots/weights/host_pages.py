@@ -128,7 +128,7 @@ def tensor_over(
     assert flat.data_ptr() == owner.address, (
         "torch copied the memory instead of using it"
     )
-    return flat.view(dtype).view(*shape)
+    return flat.view(dtype).view(torch.Size(shape))
 
 
 class HostPages:
