@@ -29,6 +29,10 @@ if not any(backend.driver.is_active() for backend in backends.values()):
     driver = type("CompilerOnly", (), {"is_active": staticmethod(lambda: True)})
     backends[_STAND_IN] = SimpleNamespace(driver=driver)  # type: ignore[index]
 
+from vllm.model_executor.layers.fused_moe.expert_slots.cuda.block_map_kernel import (  # noqa: E402
+    block_map_constants,
+    block_map_kernel,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.gather_kernel import (  # noqa: E402
     gather_constants,
     gather_kernel,
@@ -47,7 +51,7 @@ _POINTERS = {
     **dict.fromkeys(("homes", "row_bytes"), "*i64"),
 }
 _SCALARS = {
-    **dict.fromkeys(("num_ids", "num_ids_known"), "i32"),
+    **dict.fromkeys(("num_ids", "num_ids_known", "num_blocks"), "i32"),
     **dict.fromkeys(("mirror", "bytes_per_expert"), "i64"),
 }
 
@@ -70,6 +74,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     for all_wide in (True, False):
         name = "gather" if all_wide else "gather, narrow rows"
         yield name, gather_kernel, gather_constants(288, all_wide)
+    yield "block map", block_map_kernel, block_map_constants(128)
 
 
 def compile_for(kernel: Any, constants: dict[str, Any], architecture: int) -> Any:

@@ -14,6 +14,11 @@ BLOCKS = 1024
 """Blocks that one program maps."""
 
 
+def block_map_constants(experts: int) -> dict[str, int]:
+    """The constants of a launch."""
+    return {"E": experts, "COUNT": BLOCKS, "num_warps": 4}
+
+
 # The number of blocks follows the size of the batch and does not specialise the kernel:
 # serving must not wait for a compiler.
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -44,11 +49,7 @@ def map_blocks(blocks: torch.Tensor, expert_to_row: torch.Tensor) -> None:
     """
     assert blocks.dtype == torch.int32 and blocks.is_contiguous()
     if count := blocks.numel():
+        constants = block_map_constants(len(expert_to_row))
         block_map_kernel[(triton.cdiv(count, BLOCKS),)](
-            blocks,
-            count,
-            expert_to_row,
-            E=len(expert_to_row),
-            COUNT=BLOCKS,
-            num_warps=4,
+            blocks, count, expert_to_row, **constants
         )
