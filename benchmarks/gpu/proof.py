@@ -13,17 +13,21 @@ exact    a small real checkpoint with CUDA graphs on: token ids and logprobs equ
 speed    decode and prefill at the expert shapes of Qwen3-30B-A3B, as ratios to stock
 grid     vLLM issue #41447: expert shapes of gemma-4-26B-A4B, 16 requests of 64+64
          tokens
-all      the six, in this order; ends after memory if that fails
+quant    quantised experts, format by format: the kernel alone, an engine's answers, the
+         bytes of its loads, the memory of processing; `--quant FORMAT ...` runs it for
+         some formats
+all      the seven, in this order; ends after memory if that fails
 
-On a machine without a GPU, `--cpu` runs exact, speed and grid small, to try the script
-itself. What that measures says nothing about a GPU and stays out of
-benchmarks/results/.
+On a machine without a GPU, `--cpu` runs exact, speed, grid and quant small, to try the
+script itself. What that measures says nothing about a GPU and stays out of
+benchmarks/results/. Quantised experts need a CPU with AMX there.
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from benchmarks.gpu.engine import ENVIRONMENT
 
@@ -35,7 +39,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import results
-from benchmarks.gpu import memory, micro, serving
+from benchmarks.gpu import memory, micro, quantised, serving
 from benchmarks.results import Row
 
 CHECKS = {
@@ -43,6 +47,7 @@ CHECKS = {
     "equal to stock": True,
     "launches": 2,
     "experts stayed off": True,
+    **quantised.CHECKS,
 }
 """What these columns must say. Anything else makes the exit status 1."""
 
@@ -53,11 +58,12 @@ STEPS: dict[str, Callable[[bool], list[Row]]] = {
     "exact": serving.exact,
     "speed": serving.speed,
     "grid": serving.grid,
+    "quant": quantised.quant,
 }
 """Each takes whether there is no GPU, and returns rows."""
 
 NEEDS_GPU = ("memory", "kernels", "micro")
-NEEDS_ENGINES = ("exact", "speed", "grid")
+NEEDS_ENGINES = ("exact", "speed", "grid", "quant")
 """These keep what each engine measured themselves."""
 
 console = Console()
@@ -67,14 +73,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("step", choices=[*STEPS, "all"])
+    parser.add_argument("step", nargs="?", choices=[*STEPS, "all"])
+    parser.add_argument(
+        "--quant",
+        nargs="*",
+        choices=quantised.QUANTISED,
+        metavar="FORMAT",
+        help="the step quant, for these formats or all: "
+        + ", ".join(quantised.QUANTISED),
+    )
     parser.add_argument(
         "--cpu", action="store_true", help="try the script without a GPU"
     )
     arguments = parser.parse_args()
+    if (arguments.step is None) == (arguments.quant is None):
+        parser.error("give a step, or --quant with formats or without")
     if not arguments.cpu and not torch.cuda.is_available():
         parser.error("no GPU here: run it on a GPU machine, or try it with --cpu")
-    wanted = list(STEPS) if arguments.step == "all" else [arguments.step]
+    formats, steps = arguments.quant or [], STEPS
+    if arguments.quant is not None:
+        steps = {"quant": partial(quantised.quant, formats=formats)}
+    wanted = list(steps)
+    if arguments.step not in (None, "all"):
+        wanted = [arguments.step]
     if arguments.cpu:
         wanted = [step for step in wanted if step not in NEEDS_GPU]
         if not wanted:
@@ -83,8 +104,9 @@ def main() -> int:
             )
     failed = []
     for step in wanted:
-        rows = STEPS[step](arguments.cpu)
-        command = f"python -m benchmarks.gpu.proof {step}" + " --cpu" * arguments.cpu
+        rows = steps[step](arguments.cpu)
+        asked = " ".join(["--quant", *formats]) if formats else step
+        command = f"python -m benchmarks.gpu.proof {asked}" + " --cpu" * arguments.cpu
         raw = () if step in NEEDS_ENGINES else rows
         text = results.save(serving.results_folder(), step, rows, command, raw=raw)
         console.print(text, markup=False, soft_wrap=True)

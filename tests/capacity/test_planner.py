@@ -2,8 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The planner's arithmetic: what N slots take, what fits, and which N `auto` takes."""
 
+from dataclasses import replace
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.host_memory import (
@@ -23,11 +25,12 @@ from vllm.model_executor.layers.fused_moe.expert_slots.sizes import GIB
 MIB = 1 << 20
 
 
-def planner(gpu_bytes=10 * GIB, stages=1, **limits):
+def planner(gpu_bytes=10 * GIB, stages=1, processing_bytes=0, **limits):
     """64 experts of 10 MiB in 4 layers, top-4; 1 GiB of other weights, 100 MiB a
     sequence."""
+    rows = (("w13", 6 * MIB), ("w2", 4 * MIB))
     footprint = Footprint(
-        layers=(MoELayer(64, 4, (("w13", 6 * MIB), ("w2", 4 * MIB))),) * 4,
+        layers=(MoELayer(64, 4, rows, processing_bytes=processing_bytes),) * 4,
         other_weight_bytes=GIB,
         kv_sequence_bytes=100 * MIB,
         kv_block_bytes=MIB,
@@ -88,6 +91,7 @@ def test_what_is_lost_at_the_edges_of_pages_is_counted():
     )
 
 
+@settings(deadline=None)
 @given(
     gpu_mib=st.integers(1500, 8000),
     max_num_seqs=st.integers(1, 64),
@@ -119,6 +123,37 @@ def test_auto_is_the_largest_n_that_leaves_the_kv_cache_its_room(
     assert asked.plan(expected).fits
 
 
+def test_quantised_experts_must_fit_while_they_are_processed():
+    """One layer at a time, beside weights, slots and staging, and before anything else
+    is there. Not where every expert has its slot: those layers are stock's."""
+    asked = planner(4 * GIB, processing_bytes=2 * GIB)
+    assert asked.plan(16).processing_bytes == 2 * GIB
+    assert asked.plan(16).kv_cache_bytes == planner(4 * GIB).plan(16).kv_cache_bytes
+    largest = (4096 - 2048 - 1024 - 640) // 30
+    assert asked.largest() == largest < planner(4 * GIB).largest()
+    assert asked.auto() == largest < planner(4 * GIB).auto()
+    with pytest.raises(
+        MoEPrefetchError,
+        match=r"N=13 needs 4\.01 GiB while it is loaded \(0\.51 GiB slots, 0\.50 GiB "
+        r"staging, 1\.00 GiB other weights, 2\.00 GiB at most to process the quantised "
+        r"experts of one layer\), there are the GPU. The largest N that fits is 12",
+    ):
+        asked.refuse(largest + 1, largest + 1)
+    whole = planner(20 * GIB, processing_bytes=90 * GIB)
+    assert whole.largest() == 64 and whole.plan(64).processing_bytes == 0
+
+
+def test_the_rank_that_processes_the_most_counts():
+    """Beside another that needs more for serving."""
+    plain, quantised = (
+        planner(processing_bytes=size).footprints[0] for size in (0, 9 * GIB)
+    )
+    heavy = replace(plain, other_weight_bytes=2 * GIB)
+    asked = CapacityPlanner([heavy, quantised], planner().limits)
+    assert "9.00 GiB at most to process" in asked.plan(8).reason
+
+
+@settings(deadline=None)
 @given(gpu_mib=st.integers(1000, 8000))
 def test_whatever_fits_fits_with_fewer_slots(gpu_mib):
     """`largest` is a boundary: every N up to it fits, no N above."""

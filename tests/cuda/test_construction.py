@@ -211,7 +211,7 @@ def test_another_kernel_is_refused_by_name(directory, monkeypatch):
         unquantized, "backend_to_kernel_cls", lambda _: [FlashInferExperts]
     )
     with pytest.raises(
-        MoEPrefetchError, match=r"FlashInferExperts is not known to give the same bits"
+        MoEPrefetchError, match=r"with FlashInferExperts: its tuning makes stock differ"
     ):
         built(make_checkpoint(directory / "qwen3-moe"), 5, monkeypatch)
 

@@ -89,14 +89,16 @@ def objected(model: nn.Module) -> str:
     return str(model_objection(model, current_backend()))
 
 
-def test_stocks_layers_are_objected_to_by_their_kernel(checkpoint):
-    """As the engine objects (`test_a_quantised_model_is_refused_by_its_kernel`);
+def test_stocks_layers_are_objected_to_by_their_format(checkpoint):
+    """As the engine objects (`test_a_quantised_model_is_refused_by_its_format`);
     unquantised ones are not."""
     assert on_meta(None, objected, checkpoint) == "None"
     assert on_meta(None, objected, checkpoint, quantization="fp8") == (
         "--moe-gpu-prefetch cannot serve model.layers.0.mlp.experts (RoutedExperts): "
-        "its kernel Fp8PerTensorOnlineMoEMethod is not known to run on remapped "
-        "expert ids. Serve without --moe-gpu-prefetch."
+        "quantisation online (Fp8PerTensorOnlineMoEMethod) quantises while it loads: "
+        "the experts are on no device before, so they cannot be read into host memory. "
+        "Quantise the checkpoint offline, for example with llm-compressor, and serve "
+        "that. Serve without --moe-gpu-prefetch."
     )
 
 

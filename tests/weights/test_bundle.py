@@ -93,8 +93,9 @@ def test_experts_become_rows_wherever_they_are_kept(layer):
     config = layer.quant_method.moe_quant_config
     assert config._w1.scale.data_ptr() == rows["w13_scale"].data_ptr()
     assert torch.equal(alphas, values(EXPERTS, 1) + 100)
-    bundle.set_values({"w13_input_scale": torch.tensor(7.0)})
+    bundle.set_values({"w13_input_scale": torch.tensor([7.0])}, EXPERTS)
     assert config._a1.scale == 7 and layer.w13_input_scale == 7
+    assert config._a1.scale.dim() == 0
     assert torch.equal(layer.e_score_correction_bias, values(EXPERTS))
 
 
@@ -155,6 +156,10 @@ def test_the_weights_that_the_kernel_gets_are_in_it(layer, lost):
 
 def test_an_expanded_value_is_layer_wide(layer):
     layer.w13_input_scale = parameter(torch.tensor([3.0]).expand(EXPERTS))
+    bundle = Bundle.of(layer, EXPERTS)
+    assert bundle.values()["w13_input_scale"].tolist() == [3]
+    bundle.set_values(dict.fromkeys(bundle.values(), torch.tensor([7.0])), EXPERTS)
+    assert layer.w13_input_scale.tolist() == [7.0] * EXPERTS
     assert "w13_input_scale" in Bundle.of(layer, EXPERTS).layer_wide
 
 

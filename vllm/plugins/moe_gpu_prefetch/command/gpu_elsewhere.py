@@ -102,6 +102,7 @@ def pretend(gpu: Gpu) -> None:
             "--gpu and --gpu-memory need triton, which is not installed. Install it, "
             "or run the command on the machine with the GPU."
         )
+    pretended = gpu
     from triton.backends import backends
     from triton.runtime import driver
 
@@ -117,9 +118,11 @@ def pretend(gpu: Gpu) -> None:
         """vLLM's CUDA platform, without asking the driver."""
 
         get_device_capability = classmethod(
-            lambda cls, *_, **__: DeviceCapability(*gpu.capability)
+            lambda cls, *_, **__: DeviceCapability(*_pretended().capability)
         )
-        get_device_name = classmethod(lambda cls, *_, **__: f"NVIDIA {gpu.name}")
+        get_device_name = classmethod(
+            lambda cls, *_, **__: f"NVIDIA {_pretended().name}"
+        )
         get_device_total_memory = classmethod(lambda cls, *_, **__: _pretended().memory)
         is_fully_connected = classmethod(lambda cls, *_, **__: False)
         is_integrated_gpu = classmethod(lambda cls, *_, **__: False)
@@ -131,7 +134,6 @@ def pretend(gpu: Gpu) -> None:
     platforms._current_platform = Elsewhere()  # type: ignore[assignment]
     # A vLLM for CPUs turns triton off.
     platforms.vllm_version_matches_substr = lambda substr: False
-    pretended = gpu
 
 
 class _TritonDriver:
@@ -161,13 +163,15 @@ _LIBRARIES = (
     "vllm.vllm_flash_attn._vllm_fa2_C",
     "vllm.vllm_flash_attn._vllm_fa3_C",
 )
-_QUESTIONS = (
-    "cutlass_scaled_mm_supports_fp8",
-    "cutlass_scaled_mm_supports_block_fp8",
-    "cutlass_scaled_mm_supports_fp4",
-    "cutlass_group_gemm_supported",
-)
-"""Operators by which vLLM asks its library, during its import, what a GPU can do."""
+_QUESTIONS = {
+    "cutlass_scaled_mm_supports_fp8": range(89, 200),
+    "cutlass_scaled_mm_supports_block_fp8": range(90, 200),
+    "cutlass_group_gemm_supported": range(90, 200),
+    "cutlass_scaled_mm_supports_fp4": range(100, 200),
+    "mxfp4_experts_quant_supported": range(100, 120),
+}
+"""Operators by which vLLM asks its library what a GPU can do, some during its import,
+and the capabilities that they are true of."""
 
 _kept: list[torch.library.Library] = []
 
@@ -180,10 +184,14 @@ def _stand_in_for_libraries() -> None:
         module.__spec__ = ModuleSpec(name, None)
         sys.modules[name] = module
     library = torch.library.Library("_C", "FRAGMENT")
-    for name in _QUESTIONS:
+    for name, able in _QUESTIONS.items():
         if not hasattr(torch.ops._C, name):
             library.define(f"{name}(int capability) -> bool")
-            library.impl(name, lambda capability: True, "CompositeImplicitAutograd")
+
+            def answer(capability: int, able: range = able) -> bool:
+                return capability in able
+
+            library.impl(name, answer, "CompositeImplicitAutograd")
     _kept.append(library)
 
 

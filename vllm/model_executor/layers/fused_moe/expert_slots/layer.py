@@ -37,8 +37,10 @@ from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.store import
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import (
     FEW,
+    WEIGHTS,
     Bundle,
     few_experts,
+    parameters_of_experts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.coverage import (
     LoadCoverage,
@@ -164,11 +166,14 @@ class ExpertSlotsMixin(_Layer):
         method.process_weights_after_loading = self._process_then_make_slots
         self.quant_method.requires_device_loading = False
         self._memory = self._workers_memory()
+        if backend.pins:
+            for name, parameter in parameters_of_experts(self).items():
+                stock = parameter.data
+                parameter.data = host_tensor(stock.shape, stock.dtype)
+                if not name.endswith(WEIGHTS):
+                    # Scales and biases have the values of what a checkpoint lacks.
+                    parameter.data.copy_(stock)
         for parameter in self.parameters(recurse=False):
-            # Stock's parameters in host memory are empty yet. Those on the device are
-            # the router's.
-            if backend.pins and parameter.device.type == "cpu":
-                parameter.data = host_tensor(parameter.shape, parameter.dtype)
             if (
                 getattr(getattr(parameter, "weight_loader", None), "__self__", None)
                 is self
@@ -234,7 +239,8 @@ class ExpertSlotsMixin(_Layer):
             for tensor in homes.values():
                 memory.pin(tensor, read_only=True)
         device = self.moe_config.device
-        bundle.set_values({name: t.to(device) for name, t in layer_wide.items()})
+        layer_wide = {name: value.to(device) for name, value in layer_wide.items()}
+        bundle.set_values(layer_wide, self.local_num_experts)
         rows = ExpertRows(store, self.num_slots, memory)
         bundle.set_rows(layer, rows.tensors)
         for name, parameter in layer.named_parameters(recurse=False):

@@ -31,12 +31,15 @@ class MoELayer:
             takes in each.
         share: of the model's experts, those of this rank; below 1 under expert
             parallelism.
+        processing_bytes: what the GPU holds while stock processes the layer's experts;
+            0 if that needs no GPU.
     """
 
     experts: int
     top_k: int
     rows: tuple[tuple[str, int], ...]
     share: float = 1.0
+    processing_bytes: int = 0
 
     @property
     def routed(self) -> float:
@@ -117,6 +120,24 @@ class Footprint:
         experts = self.slot_bytes(slots) + self.staging_bytes(slots, page)
         return experts + self.other_weight_bytes + self.overhead_bytes
 
+    def processing_bytes(self, slots: int) -> int:
+        """What the GPU holds while stock processes one layer: the largest that has
+        fewer slots than experts. The others are stock's, as without slots."""
+        return max(
+            (
+                layer.processing_bytes
+                for layer in self.layers
+                if layer.resident(slots) < layer.experts
+            ),
+            default=0,
+        )
+
+    def loading_bytes(self, slots: int, page: int) -> int:
+        """Everything on the GPU while the last layer is processed. KV cache, graphs and
+        intermediates come later."""
+        experts = self.slot_bytes(slots) + self.staging_bytes(slots, page)
+        return experts + self.other_weight_bytes + self.processing_bytes(slots)
+
     def kv_bytes(self, sequences: int) -> int:
         """KV cache that vLLM asks for to run `sequences` of `max_model_len`."""
         return self.kv_sequence_bytes * sequences + self.kv_block_bytes
@@ -174,6 +195,8 @@ class CapacityPlan:
         activation_bytes: intermediates of the largest batch.
         graph_bytes: CUDA graphs.
         library_bytes: workspaces of libraries, kernels, fragmentation.
+        processing_bytes: what quantised experts take beside weights, slots and staging
+            while one layer of them is processed, before there is a KV cache: at most.
         kv_cache_bytes: the KV cache that there is room for.
         kv_sequences: sequences of `max_model_len` that it holds.
         host_bytes: the host stores of one machine.
@@ -193,6 +216,7 @@ class CapacityPlan:
     activation_bytes: int
     graph_bytes: int
     library_bytes: int
+    processing_bytes: int
     kv_cache_bytes: int
     kv_sequences: float
     host_bytes: int

@@ -112,6 +112,7 @@ class CapacityPlanner:
             activation_bytes=rank.activation_bytes,
             graph_bytes=rank.graph_bytes,
             library_bytes=LIBRARY_BYTES,
+            processing_bytes=rank.processing_bytes(slots),
             kv_cache_bytes=kv_cache,
             kv_sequences=round(sequences, 2),
             host_bytes=host_bytes,
@@ -268,13 +269,30 @@ class CapacityPlanner:
         kv_cache = needed if kv_cache is None else kv_cache
         total = rank.gpu_bytes(slots, limits.page) + kv_cache
         if total <= limits.gpu_bytes:
-            return None
+            return self._loading_shortage(slots)
         return (
             f"needs {gib(total)} ({gib(rank.slot_bytes(slots))} slots, "
             f"{gib(rank.staging_bytes(slots, limits.page))} staging, "
             f"{gib(rank.other_weight_bytes)} other weights, "
             f"{gib(rank.overhead_bytes)} intermediates, graphs and libraries, "
             f"{gib(kv_cache)} KV cache), there are {limits.gpu_limit}"
+        )
+
+    def _loading_shortage(self, slots: int) -> str | None:
+        """Why the GPU of some rank is too small while the weights are processed."""
+        limits = self.limits
+        rank = max(
+            self.footprints, key=lambda f: f.loading_bytes(slots, self.limits.page)
+        )
+        total = rank.loading_bytes(slots, limits.page)
+        if total <= limits.gpu_bytes:
+            return None
+        return (
+            f"needs {gib(total)} while it is loaded ({gib(rank.slot_bytes(slots))} "
+            f"slots, {gib(rank.staging_bytes(slots, limits.page))} staging, "
+            f"{gib(rank.other_weight_bytes)} other weights, "
+            f"{gib(rank.processing_bytes(slots))} at most to process the quantised "
+            f"experts of one layer), there are {limits.gpu_limit}"
         )
 
     def _host_bytes(self, slots: int) -> int:

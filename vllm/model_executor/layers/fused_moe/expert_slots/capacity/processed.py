@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The bytes of an expert after stock has processed it: packed, padded, with other
-scales than in the checkpoint. Stock's own code processes a few experts of ones."""
+scales than in the checkpoint; and what the processing takes meanwhile. Stock's own code
+processes a few experts of ones."""
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from vllm import _custom_ops
@@ -18,12 +22,23 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import (
     few_experts,
 )
 
-Rows = tuple[tuple[str, int], ...]
-"""Names of a layer's per-expert tensors, and the bytes of one expert in each."""
+
+class Processed(NamedTuple):
+    """What stock makes of a layer's experts.
+
+    Attributes:
+        rows: names of the per-expert tensors, and the bytes of one expert in each.
+        peak_bytes: the most that the processing of all experts of the layer holds at a
+            time: as they were read, as they become, and what lies between. An upper
+            bound: what stock holds for one expert at a time counts for half of them.
+    """
+
+    rows: tuple[tuple[str, int], ...]
+    peak_bytes: int
 
 
-def processed_rows(layer: RoutedExperts, known: dict[Any, Rows]) -> Rows:
-    """What one expert of a layer takes in each tensor once it has been processed.
+def processed(layer: RoutedExperts, known: dict[Any, Processed]) -> Processed:
+    """What the experts of a layer take while and after they are processed.
 
     Args:
         layer: stock's, with its parameters on the meta device. It is used up.
@@ -43,12 +58,55 @@ def processed_rows(layer: RoutedExperts, known: dict[Any, Rows]) -> Rows:
         ),
     )
     if key not in known:
-        cpu = torch.device("cpu")
+        experts, cpu = layer.local_num_experts, torch.device("cpu")
         with cpu, _shapes_alone(), few_experts(layer, cpu):
-            method.process_weights_after_loading(layer)
+            with LiveBytes(layer.parameters(recurse=False)) as live:
+                method.process_weights_after_loading(layer)
             bundle = Bundle.of(layer, FEW)
-        known[key] = tuple((name, t[0].nbytes) for name, t in bundle.tensors().items())
+        rows = tuple((name, t[0].nbytes) for name, t in bundle.tensors().items())
+        known[key] = Processed(rows, live.peak * experts // FEW)
     return known[key]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within, the bytes of tensors that are made are counted until they are freed.
+
+    Args:
+        tensors: those that are there at the start. They count, too.
+
+    Attributes:
+        peak: the most bytes at a time.
+    """
+
+    def __init__(self, tensors: Iterator[torch.Tensor]):
+        super().__init__()
+        self.peak = self._now = 0
+        self._storages: dict[int, weakref.ref[Any]] = {}
+        self._count(list(tensors))
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self._count(tree_leaves(made))
+        return made
+
+    def _count(self, values: list[Any]) -> None:
+        for value in values:
+            if not isinstance(value, torch.Tensor):
+                continue
+            storage: Any = value.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key in self._storages:
+                continue
+
+            def freed(_: Any, key: int = key, size: int = size) -> None:
+                del self._storages[key]
+                self._now -= size
+
+            self._storages[key] = weakref.ref(storage, freed)
+            self._now += size
+        self.peak = max(self.peak, self._now)
 
 
 @contextmanager

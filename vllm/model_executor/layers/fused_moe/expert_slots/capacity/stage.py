@@ -32,8 +32,8 @@ from vllm.model_executor.layers.fused_moe.expert_slots.capacity.plan import (
     MoELayer,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.processed import (
-    Rows,
-    processed_rows,
+    Processed,
+    processed,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.ranks import (
     expert_maps_on_the_host,
@@ -98,9 +98,9 @@ def measure_stage(
         others = [t for i, t in tensors.items() if i not in experts]
         kv_sequence, kv_block = _kv_cache_bytes(vllm_config)
         objection = model_objection(model, backend)
-        known = None if objection else dict[Any, Rows]()
+        known = None if objection else dict[Any, Processed]()
         footprint = Footprint(
-            layers=tuple(_moe_layer(layer, known) for layer in layers),
+            layers=tuple(_moe_layer(layer, backend, known) for layer in layers),
             other_weight_bytes=sum(t.nbytes for t in others if not tables.hold(t)),
             kv_sequence_bytes=kv_sequence,
             kv_block_bytes=kv_block,
@@ -112,18 +112,23 @@ def measure_stage(
         return footprint, objection, bypassing
 
 
-def _moe_layer(layer: RoutedExperts, known: dict[Any, Rows] | None) -> MoELayer:
+def _moe_layer(
+    layer: RoutedExperts, backend: Backend, known: dict[Any, Processed] | None
+) -> MoELayer:
     """A layer as it is once it has been processed; as it is in the checkpoint if
     `known` is None, because slots do not serve it."""
     if reason := top_k_objection(layer.moe_config):
         raise cannot_serve(layer.layer_name, layer, reason)
+    peak = 0
     if known is None:
         parameters = parameters_of_experts(layer).items()
         rows = tuple((name, p[0].nbytes) for name, p in parameters)
     else:
-        rows = processed_rows(layer, known)
+        on_gpu = backend.processing_device(layer).type != "cpu"
+        rows, peak = processed(layer, known)
+        peak = peak if on_gpu else 0
     share = layer.local_num_experts / layer.global_num_experts
-    return MoELayer(layer.local_num_experts, layer.top_k, rows, share)
+    return MoELayer(layer.local_num_experts, layer.top_k, rows, share, peak)
 
 
 def _kv_cache_bytes(vllm_config: VllmConfig) -> tuple[int, int]:

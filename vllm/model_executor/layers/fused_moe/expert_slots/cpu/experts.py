@@ -113,7 +113,9 @@ class SlottedCPUExperts(_Stock):
 @cache
 def slotted_cpu_experts(stock: type) -> type:
     """The class that runs `stock`, one of stock's CPU experts classes, on rows."""
-    return type(f"Slotted{stock.__name__}", (SlottedCPUExperts, stock), {})
+    return type(
+        f"Slotted{stock.__name__}", (SlottedCPUExperts, stock), {"__module__": __name__}
+    )
 
 
 def _moe_expert_slots(

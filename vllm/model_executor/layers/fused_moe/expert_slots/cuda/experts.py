@@ -107,7 +107,9 @@ class SlottedExperts(_Stock):
 @cache
 def slotted_triton_experts(stock: type) -> type:
     """The class that runs `stock`, one of stock's Triton experts classes, on rows."""
-    return type(f"Slotted{stock.__name__}", (SlottedExperts, stock), {})
+    return type(
+        f"Slotted{stock.__name__}", (SlottedExperts, stock), {"__module__": __name__}
+    )
 
 
 SlottedTritonExperts = slotted_triton_experts(TritonExperts)

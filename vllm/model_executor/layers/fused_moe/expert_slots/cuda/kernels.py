@@ -24,6 +24,9 @@ from vllm.model_executor.layers.fused_moe.expert_slots.cuda.marlin_experts impor
     slotted_marlin_experts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.refusals import reasons
+from vllm.model_executor.layers.fused_moe.expert_slots.refusals.formats import (
+    kernel_reason,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.replacing import replaced
 
 SERVED: dict[str, Callable[[type], type]] = {
@@ -60,13 +63,17 @@ def choosing_among_served(moe_config: Any) -> Iterator[None]:
         except (NotImplementedError, ValueError) as error:
             if not rejected:
                 raise
-            names = ", ".join(dict.fromkeys(rejected))
             asked = moe_config.moe_backend
-            way_out = reasons.OTHER_CHECKPOINT
+            name = rejected[0]
+            known = kernel_reason(name)
+            reason, way_out = known or (
+                "it is not known to give the same bits from slots",
+                reasons.OTHER_CHECKPOINT,
+            )
             if asked != "auto":
                 way_out = f"Drop --moe-backend {asked}"
             raise MoEPrefetchError(
-                f"--moe-gpu-prefetch cannot serve this model's experts: {names} is not "
-                "known to give the same bits from slots, and vLLM has no other kernel "
-                f"for them here. {way_out}, or serve without --moe-gpu-prefetch."
+                f"--moe-gpu-prefetch cannot serve this model's experts: vLLM would run "
+                f"them with {name}: {reason}. {way_out}, or serve without "
+                f"--moe-gpu-prefetch. (vLLM has no other kernel here: {error})"
             ) from error

@@ -147,4 +147,8 @@ class SlottedMarlinExperts(_Stock):
 @functools.cache
 def slotted_marlin_experts(stock: type) -> type:
     """The class that runs `stock`, one of stock's Marlin experts classes, on rows."""
-    return type(f"Slotted{stock.__name__}", (SlottedMarlinExperts, stock), {})
+    return type(
+        f"Slotted{stock.__name__}",
+        (SlottedMarlinExperts, stock),
+        {"__module__": __name__},
+    )

@@ -3,7 +3,8 @@
 """What cannot be served, with the reason. Where a new refusal goes:
 
 an argument, or two that contradict  `arguments.py`
-a layer, its runner or its method    `layers.py`
+a layer or its runner                `layers.py`
+a format of experts, or its method   `formats.py`
 a whole model                        `models.py`
 a kernel                             `Backend.objection`, in `cpu/` and `cuda/`
 what does not fit                    `capacity/planner.py`

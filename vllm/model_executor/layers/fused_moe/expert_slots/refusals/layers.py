@@ -11,13 +11,13 @@ import torch
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
-    UnquantizedFusedMoEMethod,
-)
 
 from vllm.model_executor.layers.fused_moe.expert_slots.backend import Backend
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 from vllm.model_executor.layers.fused_moe.expert_slots.refusals import reasons
+from vllm.model_executor.layers.fused_moe.expert_slots.refusals.formats import (
+    format_objection,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.replacing import replaced
 
 _OURS = __name__.rpartition(".refusals.")[0]
@@ -68,8 +68,11 @@ def kernels_for(backend: Backend) -> Iterator[None]:
     stock = RoutedExperts.__init__
 
     def choosing(self: RoutedExperts, *args: Any, **kwargs: Any) -> None:
-        with backend.choosing_kernels(moe_config_among(*args, *kwargs.values())):
-            stock(self, *args, **kwargs)
+        try:
+            with backend.choosing_kernels(moe_config_among(*args, *kwargs.values())):
+                stock(self, *args, **kwargs)
+        except MoEPrefetchError:
+            stock(self, *args, **kwargs)  # with its own kernel, which is objected to
 
     with replaced(RoutedExperts, "__init__", choosing):
         yield
@@ -100,17 +103,7 @@ def layer_objection(layer: RoutedExperts, backend: Backend) -> str | None:
         return reasons.EPLB
     if layer.moe_config.is_lora_enabled:
         return reasons.LORA
-    method = type(layer.quant_method)
-    if (
-        issubclass(method, UnquantizedFusedMoEMethod)
-        and method is not UnquantizedFusedMoEMethod
-    ):
-        owner = "a model" if method.__module__.startswith("vllm.") else "another plugin"
-        return (
-            f"its method {method.__module__}.{method.__qualname__} belongs to {owner}: "
-            "it may read weights by expert id"
-        )
-    return backend.objection(layer)
+    return format_objection(layer) or backend.objection(layer)
 
 
 def top_k_objection(moe_config: FusedMoEConfig) -> str | None:

@@ -22,3 +22,5 @@ OTHER_CHECKPOINT = (
     "Serve a checkpoint in a format of docs/quantisation.md (compressed-tensors, GPTQ, "
     "AWQ, FP8, MXFP4, NVFP4)"
 )
+OTHER_BACKEND = "Use --moe-backend triton or marlin, whichever takes the format"
+CHANNEL_SCALES = "Serve a checkpoint with a scale for each channel, and dynamic ones"

@@ -20,6 +20,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
 import vllm
+from vllm import envs
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
 
@@ -83,7 +84,10 @@ def store_identity(
         ],
         "platform": f"{current_platform.device_name} "
         + torch.backends.cpu.get_cpu_capability(),
+        # Kernels differ in the layout of processed experts, and GPUs in their kernels.
+        "compute_capability": str(current_platform.get_device_capability()),
         "moe_backend": str(vllm_config.kernel_config.moe_backend),
+        "batch_invariant": bool(envs.VLLM_BATCH_INVARIANT),
         "versions": {
             "vllm": vllm.__version__,
             "torch": torch.__version__,

@@ -129,7 +129,8 @@ class SharedStore:
         """
         mapped = {}
         for name, tensor in tensors.items():
-            content = tensor.contiguous().view(torch.uint8).view(-1).numpy().data
+            flat = tensor.cpu().contiguous().view(-1).view(torch.uint8)
+            content = flat.numpy().data
             entry = StoredTensor(
                 layer=layer,
                 name=name,

@@ -40,6 +40,9 @@ _SCRATCH = {"workspace"}
 
 _LEFT_OUT = _OF_THE_ROUTER | _NOT_READ | _SCRATCH
 
+WEIGHTS = ("_weight", "_weight_packed", "_qweight")
+"""Ends of the names of the parameters that hold weights, as they are loaded."""
+
 _BEFORE_PROCESSING = {"w13_input_scale", "w2_input_scale"}
 """Activation scales. A checkpoint has one for each expert, and processing leaves their
 maximum."""
@@ -89,7 +92,8 @@ class Bundle:
                 continue
             places = [tensor]
             known[storage] = layout, places
-            if (tensor.dim() and not tensor.stride(0)) or tensor.numel() == 1:
+            expanded = tensor.dim() == 1 and not tensor.stride(0)
+            if expanded or tensor.numel() == 1:
                 bundle.layer_wide[path] = places
             elif tensor.shape[0] != num_experts:
                 raise _refused(layer, path, tensor, "has no row for each expert")
@@ -113,12 +117,28 @@ class Bundle:
         return {name: places[0].data for name, places in self.experts.items()}
 
     def values(self) -> dict[str, torch.Tensor]:
-        """The same of `layer_wide`."""
-        return {name: places[0].data for name, places in self.layer_wide.items()}
+        """The layer-wide values, one element each."""
+        return {
+            name: places[0].data.reshape(-1)[:1]
+            for name, places in self.layer_wide.items()
+        }
 
-    def set_values(self, values: dict[str, torch.Tensor]) -> None:
-        """Replaces the layer-wide values, wherever they are kept."""
-        _become(self.layer_wide, values)
+    def set_values(self, values: dict[str, torch.Tensor], num_experts: int) -> None:
+        """Replaces the layer-wide values, wherever they are kept.
+
+        Args:
+            values: of each name, [1].
+            num_experts: to which expanded values are expanded.
+        """
+        _become(
+            self.layer_wide,
+            {
+                name: values[name].expand(num_experts)
+                if places[0].numel() > 1
+                else values[name].view(places[0].shape)
+                for name, places in self.layer_wide.items()
+            },
+        )
 
     def set_rows(self, layer: Any, rows: dict[str, torch.Tensor]) -> None:
         """Replaces the experts by rows, wherever they are kept: kernels and the

@@ -27,6 +27,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.refusals.load_formats imp
     brings_every_tensor,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import (
+    WEIGHTS,
     parameters_of_experts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.regions import (
@@ -36,7 +37,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.regions import (
 )
 
 _REQUIRED = (
-    *("_weight", "_weight_packed", "_qweight"),
+    *WEIGHTS,
     *("_weight_scale", "_weight_scale_inv", "_weight_scale_2", "_scales"),
 )
 """Ends of the names of parameters that a checkpoint must fill. It may lack others, such

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What one engine with quantised experts answers and counts, for `quantised.py`."""
+
+import gc
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.results import Row
+from tests.support import quantised
+from tests.support.fp8_checkpoints import FP8_FORMATS
+from vllm.model_executor.layers.fused_moe.expert_slots.layer import ExpertSlotsMixin
+from vllm.model_executor.layers.fused_moe.expert_slots.replacing import replaced
+from vllm.plugins.moe_gpu_prefetch import start as start_up
+
+PROMPT_TOKENS = 8
+"""Of prompts that are asked one at a time. With so few rows stock repeats itself."""
+
+STOCK_RUNS = 3
+SLACK = 1 << 20
+"""Bytes that torch's allocator may round up while a layer is processed."""
+
+
+def measure_quantised(request: Row, work: Path) -> Row:
+    """Answers to prompts of few tokens, one at a time, and the logprobs of one long
+    prompt; from slots also what the loads counted, how the kernel compares with full
+    residency, and on a GPU the peak of memory while layers are processed.
+
+    Args:
+        request: of `quantised.quant`.
+        work: where checkpoints are kept.
+    """
+    from benchmarks.gpu.quantised_kernels import compared
+    from tests.support.engine import answers, moe_layers, sampling, start
+    from vllm import SamplingParams
+
+    slots = {"slots": request["slots"]} if "slots" in request else {}
+    seen: Row = {}
+    with processing_watched(seen):
+        llm = start(
+            checkpoint(work, request["quantised"]),
+            enable_prefix_caching=False,
+            **request["options"],
+            **slots,
+        )
+    generator = torch.Generator().manual_seed(0)
+
+    def prompt(length: int) -> Any:
+        ids = torch.randint(3, 1000, (length,), generator=generator)
+        return {"prompt_token_ids": ids.tolist()}
+
+    short = [prompt(PROMPT_TOKENS) for _ in range(3)]
+    one_by_one = [
+        answers(llm.generate([each], sampling(request["tokens"]), use_tqdm=False))
+        for each in short
+    ]
+    long = prompt(request["prefill"])
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=1, prompt_logprobs=0)
+    prefills = []
+    for _ in range(1 if slots else STOCK_RUNS):
+        (output,) = llm.generate([long], params, use_tqdm=False)
+        steps = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+        prefills.append([max(p.logprob for p in step.values()) for step in steps])
+    assert all(math.isfinite(value) for run in prefills for value in run)
+    layers = moe_layers(llm)
+    kernel = layers[0].quant_method.moe_kernel.fused_experts
+    measured: Row = {
+        "batch 1": one_by_one,
+        "prefills": prefills,
+        "kernel": type(kernel).__name__,
+    }
+    if slots:
+        managers = [layer.slot_manager for layer in layers]
+        counted = [manager.counters.as_dict() for manager in managers]
+        [measured["bytes per expert"]] = {
+            sum(rows[0].nbytes for rows in manager.rows.slot_rows.values())
+            for manager in managers
+        }
+        measured["misses"] = sum(counters["misses"] for counters in counted)
+        measured["bytes loaded"] = sum(c["bytes_loaded"] for c in counted)
+        measured["kernel steps"] = compared(layers[0], request["kernel_tokens"])
+        measured |= seen
+    return measured
+
+
+def checkpoint(work: Path, name: str) -> Path:
+    """A small model in that format, written once."""
+    with replaced(quantised, "FORMATS", quantised.FORMATS | FP8_FORMATS):
+        return quantised.make_quantised(work / f"quantised-{name}", name)
+
+
+@contextmanager
+def processing_watched(seen: Row) -> Iterator[None]:
+    """Within, the start of an engine with slots on a GPU notes what the processing of
+    its layers held at most, beside what the capacity plan reserves for it. Rows are
+    mapped memory and none of torch's, so nothing may stay."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    make, measure = ExpertSlotsMixin._process_then_make_slots, start_up.measure
+    peaks: list[int] = []
+    left: list[int] = []
+    planned: list[Any] = []
+
+    def watched(self: Any, layer: torch.nn.Module) -> None:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        make(self, layer)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        gc.collect()
+        left.append(torch.cuda.memory_allocated() - before)
+
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        planned.append(measure(*args, **kwargs))
+        return planned[-1]
+
+    with (
+        replaced(ExpertSlotsMixin, "_process_then_make_slots", watched),
+        replaced(start_up, "measure", measured),
+    ):
+        yield
+    if not peaks:
+        return
+    [footprint] = planned[-1].footprints
+    reserved = max(layer.processing_bytes for layer in footprint.layers)
+    seen["processing"] = {
+        "MB of processing": max(peaks) / 1e6,
+        "MB planned for it": reserved / 1e6,
+        "processing within the plan": max(peaks) <= reserved + SLACK
+        and max(left) <= SLACK,
+    }
