@@ -26,6 +26,7 @@ TESTS = {
     "refusals/arguments.py": ARGUMENTS,
     "refusals/load_formats.py": ARGUMENTS,
     "refusals/layers.py": LAYERS,
+    "refusals/formats.py": ("tests/refusals/test_formats.py",),
     "refusals/models.py": (*LAYERS, PLUGINS[1]),
     "cpu/backend.py": LAYERS,
     "stock/check.py": PLUGINS,
@@ -33,7 +34,11 @@ TESTS = {
     "stock/wrapping.py": PLUGINS,
     "stock/unsupported.py": PLUGINS,
 }
-CUDA_TESTS = {"cuda/backend.py": ON_CUDA, "refusals/layers.py": ON_CUDA[:1]}
+CUDA_TESTS = {
+    "cuda/backend.py": ON_CUDA,
+    "cuda/kernels.py": ("tests/quantised/test_kernel_choice.py", *ON_CUDA),
+    "refusals/layers.py": ON_CUDA[:1],
+}
 LISTS = ("CONFLICTS", "UNTESTED", "DECODE_ATTRIBUTES")
 NOTHING = "NOTHING"
 

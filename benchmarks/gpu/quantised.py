@@ -25,7 +25,6 @@ SLOTS = 4
 QUANTISED = tuple(FORMATS | FP8_FORMATS)
 """The formats, by their names in the checkpoints of the tests."""
 
-_MARLIN_ALONE = ("awq", "mxfp4")
 _ON_BOTH = ("int4-ct", "int4-ct-asym")
 FIRST_FP8 = (8, 9)
 """The compute capability from which stock's Triton kernel takes FP8."""

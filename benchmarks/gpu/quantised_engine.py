@@ -67,6 +67,8 @@ def measure_quantised(request: Row, work: Path) -> Row:
         steps = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
         prefills.append([max(p.logprob for p in step.values()) for step in steps])
     assert all(math.isfinite(value) for run in prefills for value in run)
+    if slots:
+        llm.collective_rpc("expert_slot_residency")  # every slot holds its expert
     layers = moe_layers(llm)
     kernel = layers[0].quant_method.moe_kernel.fused_experts
     measured: Row = {

@@ -15,10 +15,21 @@ from transformers import Dots1Config
 
 from tests.support.command_line import moe_prefetch
 from tests.support.published_formats import BYTES, QUANTISED, QUARK_STATIC
-from tools.sizing_table import MODELS, OPTIONS, cell, write
+from tools.sizing_table import (
+    FEW_OPTIONS,
+    OPTIONS,
+    SMALL_GPUS,
+    cell,
+    quantised_cell,
+    write,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.sizes import GIB
 from vllm.plugins.moe_gpu_prefetch.command.gpu_elsewhere import GPUS, gpu_called
 
+QUANTISED_CELLS = [
+    ("RTX 3060", "gpt-oss-20b, MXFP4"),
+    ("RTX 3090", "Qwen3-30B-A3B, FP8 (blocks)"),
+]
 SIZING = Path(__file__).resolve().parents[2] / "docs" / "sizing.md"
 
 ASK = """
@@ -125,6 +136,10 @@ def answers(tmp_path_factory):
         )
         questions[name] = [directory, "--json", "--slots", "16"]
     questions["fp8 on an A100"] = ["A100-40", *questions["fp8"]]
+    for gpu, model in QUANTISED_CELLS:
+        path = str(write(model, place))
+        questions[f"{model} on {gpu}"] = [gpu, path, "--json", *FEW_OPTIONS]
+        questions[f"{model} on {gpu}"] += ["--slots", "auto"]
     subprocess.run(
         [sys.executable, "-c", ASK],
         input=f"{place}\n{json.dumps(list(questions.values()))}",
@@ -309,17 +324,21 @@ def test_ways_to_name_a_gpu(text):
     assert gpu.name == "RTX 4090" and gpu.memory == int(GPUS["RTX 4090"][1] * GIB)
 
 
+def row_of_the_docs(model):
+    """The cells of its row in docs/sizing.md."""
+    lines = SIZING.read_text(encoding="utf-8").splitlines()
+    (row,) = [line for line in lines if line.startswith(f"| {model} |")]
+    return row.strip("| ").split(" | ")[1:]
+
+
 def test_a_cell_of_the_table_in_the_docs(tmp_path):
     """The page has the figures that the command prints."""
     model = "Qwen3-30B-A3B"
-    (row,) = [
-        line
-        for line in SIZING.read_text().splitlines()
-        if line.startswith(f"| {model} |")
-    ]
-    assert set(MODELS) <= {
-        line.split("|")[1].strip()
-        for line in SIZING.read_text().splitlines()
-        if "|" in line
-    }
-    assert cell(write(model, tmp_path), "RTX 4090") == row.split("|")[2].strip()
+    assert cell(write(model, tmp_path), "RTX 4090") == row_of_the_docs(model)[0]
+
+
+@pytest.mark.parametrize(("gpu", "model"), QUANTISED_CELLS)
+def test_cells_of_quantised_models_in_the_docs(answers, gpu, model):
+    """Also where a GPU has no FP8 in hardware, so that experts take other bytes."""
+    printed = quantised_cell(plan_of(answers[f"{model} on {gpu}"]))
+    assert row_of_the_docs(model)[SMALL_GPUS.index(gpu)] == printed

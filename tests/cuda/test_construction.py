@@ -13,6 +13,9 @@ from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -213,6 +216,27 @@ def test_another_kernel_is_refused_by_name(directory, monkeypatch):
     with pytest.raises(
         MoEPrefetchError, match=r"with FlashInferExperts: its tuning makes stock differ"
     ):
+        built(make_checkpoint(directory / "qwen3-moe"), 5, monkeypatch)
+
+
+def test_an_error_of_stocks_is_not_called_a_kernels(directory, monkeypatch):
+    """A kernel was rejected and another one chosen; what fails afterwards is said as
+    stock says it."""
+    from vllm.model_executor.layers.fused_moe.oracle import unquantized
+
+    class FlashInferExperts(TritonExperts):
+        pass
+
+    def fail(self, *args, **kwargs):
+        raise ValueError("96 is not divisible by 128")
+
+    monkeypatch.setattr(
+        unquantized,
+        "backend_to_kernel_cls",
+        lambda _: [FlashInferExperts, TritonExperts],
+    )
+    monkeypatch.setattr(UnquantizedFusedMoEMethod, "create_weights", fail)
+    with pytest.raises(ValueError, match=r"^96 is not divisible by 128$"):
         built(make_checkpoint(directory / "qwen3-moe"), 5, monkeypatch)
 
 

@@ -10,7 +10,6 @@ import torch
 
 from tests.support.fake_driver import FakeDriver
 from tests.support.pair import make_rows, make_store
-from vllm.model_executor.layers.fused_moe.expert_slots import layer
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity import host_memory
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
@@ -26,6 +25,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
     CudaSlotManager,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.memory import DeviceMemory
+from vllm.model_executor.layers.fused_moe.expert_slots.weights import homes
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
     host_tensor,
     pages_of,
@@ -78,6 +78,27 @@ def test_without_pinned_memory_a_layer_is_refused_first(monkeypatch):
         backend.CudaBackend().memory(torch.device("cuda:0"))
 
 
+@pytest.mark.parametrize(
+    ("kernel", "scales", "device"),
+    [
+        ("TritonExperts", (4, 8, 2), "cpu"),  # blocks
+        ("TritonExperts", (4, 256, 1), "cpu"),  # channels
+        ("TritonExperts", (4, 2), "cuda"),  # requantised to one scale for both
+        ("TritonExperts", (4,), "cuda"),
+        ("MarlinExperts", (4, 8, 2), "cuda"),
+        ("TritonWNA16Experts", (4, 8, 2), "cuda"),
+    ],
+)
+def test_experts_go_to_the_gpu_where_stock_changes_them(kernel, scales, device):
+    layer = torch.nn.Module()
+    layer.local_num_experts = 4
+    layer.w13_weight = torch.nn.Parameter(torch.ones(4, 256, 8))
+    layer.w13_weight_scale = torch.nn.Parameter(torch.ones(scales))
+    layer.quant_method = SimpleNamespace(experts_cls=type(kernel, (), {}))
+    layer.moe_config = SimpleNamespace(device="cuda")
+    assert backend.CudaBackend().processing_device(layer) == torch.device(device)
+
+
 class MappedElsewhere(CPUMemory):
     """Kernels reach what was pinned at another address than the host does."""
 
@@ -114,9 +135,9 @@ def test_experts_that_processing_moved_get_pages_of_their_own():
     """What already lies alone at the start of pages stays; a view of more, or of less,
     does not."""
     tensor = host_tensor((4, 6), torch.float32)
-    assert layer._own_pages({"a": tensor})["a"] is tensor
+    assert homes.own_pages({"a": tensor})["a"] is tensor
     for other in (torch.arange(24.0).view(4, 6), tensor[:2]):
-        own = layer._own_pages({"a": other})["a"]
+        own = homes.own_pages({"a": other})["a"]
         assert (
             pages_of(own) is not None and own is not other and torch.equal(own, other)
         )

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from vllm.model_executor.layers.fused_moe.expert_slots import layer
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
@@ -52,6 +53,12 @@ def wanted(monkeypatch):
         raise InterruptedError
 
     monkeypatch.setattr(layer, "current_backend", stop)
+
+
+def test_the_weight_loader_says_of_itself_what_stocks_does():
+    """Llama-4 asks it whether it loads experts."""
+    stock = vars(RoutedExperts.weight_loader)
+    assert stock and stock.items() <= vars(layer.ExpertSlotsMixin.weight_loader).items()
 
 
 def test_a_layer_outside_a_load_is_stocks(wanted):

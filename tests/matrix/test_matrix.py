@@ -3,8 +3,8 @@
 """Every architecture gives stock's token ids and logprobs from slots, eager and
 compiled.
 
-`make test` runs each at a quarter of its experts, eager; `make test-all` at every
-number of slots, eager and compiled.
+`make test` runs the most used ones at a quarter of their experts, eager; `make
+test-all` runs all at every number of slots, eager and compiled.
 """
 
 import gc

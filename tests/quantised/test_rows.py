@@ -9,6 +9,8 @@ The processing runs here as it is, but for the repacking of one matrix, which is
 kernel: a function that moves every word stands in.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -22,12 +24,17 @@ from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExpert
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.quantization import get_quantization_config
 
+from tests.support.numbers import numbers_of
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe import config as moe_config
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.ranks import (
     first_rank_of,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import Bundle
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import (
+    FEW,
+    Bundle,
+    few_experts,
+)
 
 EXPERTS, HIDDEN, WIDTH = 4, 256, 128
 FP8 = torch.float8_e4m3fn
@@ -44,6 +51,8 @@ class Format:
         wide: the same of what all experts share.
         unread: the same of parts that the kernel does not read.
         bias: whether the checkpoint has biases.
+        backend: what --moe-backend asks for.
+        kernel: the experts class that vLLM then chooses.
     """
 
     method: str
@@ -53,6 +62,8 @@ class Format:
     unread: tuple[str, ...] = ()
     dtype: torch.dtype = torch.bfloat16
     bias: bool = False
+    backend: str = "marlin"
+    kernel: str = "MarlinExperts"
 
 
 def compressed(layout: str, inputs: dict[str, Any] | None = None, **weights: Any):
@@ -161,7 +172,7 @@ def built(form: Format, experts: int) -> RoutedExperts:
         moe_parallel_config=parallel,
         in_dtype=form.dtype,
         has_bias=form.bias,
-        moe_backend="marlin",
+        moe_backend=form.backend,
     )
     manager = ExpertMapManager(
         max_num_batched_tokens=16,
@@ -177,29 +188,40 @@ def built(form: Format, experts: int) -> RoutedExperts:
     return RoutedExperts("mlp.experts", form.dtype, config, quant, manager)
 
 
-def processed(form: Format, tensors: dict[str, torch.Tensor] | None = None) -> Any:
-    """A layer that holds `tensors`, random ones if none are given, and what they were,
-    after vLLM's processing."""
-    experts = EXPERTS if tensors is None else len(next(iter(tensors.values())))
-    vllm_config = VllmConfig()
-    vllm_config.model_config = SimpleNamespace(quantization_config=None)
+@contextmanager
+def building(form: Format) -> Iterator[None]:
+    """Within, layers of this format can be built and processed."""
+    config, default = VllmConfig(), torch.get_default_dtype()
+    config.model_config = SimpleNamespace(
+        quantization_config=None, hf_config=SimpleNamespace(model_type=None)
+    )
     alone = SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1)
-    default = torch.get_default_dtype()
     torch.set_default_dtype(form.dtype)
     try:
-        with set_current_vllm_config(vllm_config), first_rank_of(0, alone):
-            layer = built(form, experts)
-            if tensors is None:
-                tensors = random_tensors(layer)
-            for name, parameter in layer.named_parameters(recurse=False):
-                parameter.data = tensors[name].clone()
-            if form.bias:
-                layer._loaded_expert_biases = {"w13_bias", "w2_bias"}
-            layer.quant_method.process_weights_after_loading(layer)
+        with set_current_vllm_config(config), first_rank_of(0, alone):
+            yield
     finally:
         torch.set_default_dtype(default)
+
+
+def processed(
+    form: Format, tensors: dict[str, torch.Tensor] | None = None, few: bool = False
+) -> Any:
+    """A layer that holds `tensors`, random ones if none are given, and what they were,
+    after vLLM's processing. `few`: of a few experts, as if the others were stored."""
+    experts = EXPERTS if tensors is None else max(map(len, tensors.values()))
+    with building(form):
+        layer = built(form, experts)
+        if tensors is None:
+            tensors = random_tensors(layer)
+        for name, parameter in layer.named_parameters(recurse=False):
+            parameter.data = tensors[name].clone()
+        if form.bias:
+            layer._loaded_expert_biases = {"w13_bias", "w2_bias"}
+        with few_experts(layer, torch.device("cpu")) if few else nullcontext():
+            layer.quant_method.process_weights_after_loading(layer)
     kernel = layer.quant_method.moe_kernel.fused_experts
-    assert type(kernel) is MarlinExperts
+    assert type(kernel).__name__ == form.kernel
     return layer, tensors
 
 
@@ -212,6 +234,8 @@ def random_tensors(layer: RoutedExperts) -> dict[str, torch.Tensor]:
         size = 2.0 ** -torch.arange(len(parameter)).view(-1, *[1] * (len(shape) - 1))
         if dtype == torch.int32:
             value = torch.randint(-(2**31), 2**31, shape, generator=rng)
+        elif dtype == torch.int8:
+            value = torch.randint(-128, 128, shape, generator=rng)
         elif dtype == torch.uint8:
             value = torch.randint(118, 126, shape, generator=rng)
         elif "scale" in name:
@@ -227,9 +251,17 @@ def differing(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -
     assert found.keys() == wanted.keys()
 
     def bits(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.reshape(-1).view(torch.uint8)
+        flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.flatten())
+        return flat.view(torch.uint8)
 
     return {n for n in found if not torch.equal(bits(found[n]), bits(wanted[n]))}
+
+
+def of_experts(
+    tensors: dict[str, torch.Tensor], experts: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The same of some experts, in this order. Some formats have empty parameters."""
+    return {name: t[experts] if len(t) else t for name, t in tensors.items()}
 
 
 def rows_of(layer: RoutedExperts, names: Any) -> dict[str, torch.Tensor]:
@@ -237,36 +269,57 @@ def rows_of(layer: RoutedExperts, names: Any) -> dict[str, torch.Tensor]:
 
 
 def names(parts: tuple[str, ...]) -> set[str]:
-    return {f"{role}_{part}" for role in BOTH for part in parts}
+    """Of both weights. A part with "{}" is a path, with the number of the GEMM."""
+    return {
+        part.format(gemm) if "{}" in part else f"{role}_{part}"
+        for gemm, role in enumerate(BOTH, 1)
+        for part in parts
+    }
 
 
 def read_by_the_kernel(layer: RoutedExperts) -> list[torch.Tensor]:
     """What stock's `apply` hands its kernel of each expert."""
     kernel = layer.quant_method.moe_kernel.fused_experts
-    ends = ("w{}_scale", "w{}_zp", "w{}_bias", "g{}_alphas")
-    found = [getattr(kernel, end.format(gemm)) for end in ends for gemm in (1, 2)]
+    ends = ("w{}_scale", "w{}_zp", "w{}_bias", "g{}_alphas", "w{}_scale_val")
+    found = [getattr(kernel, end.format(gemm), None) for end in ends for gemm in (1, 2)]
     return [layer.w13_weight, layer.w2_weight, *(t for t in found if t is not None)]
 
 
-def check(form: Format, alone_differs: set[str]) -> None:
+def check_attached(form: Format, layer: RoutedExperts, tensors: Any) -> None:
+    """A layer whose experts are in a shared store has a few of ones processed. All
+    that the kernel reads besides the tensors is as if all experts had been."""
+    few, _ = processed(form, tensors, few=True)
+    found, wanted = Bundle.of(few, FEW), Bundle.of(layer, EXPERTS)
+    assert found.values().keys() == wanted.values().keys()
+    assert {n: (t.shape[1:], t.dtype) for n, t in found.tensors().items()} == {
+        n: (t.shape[1:], t.dtype) for n, t in wanted.tensors().items()
+    }
+    numbers = numbers_of(layer)
+    assert any(path.startswith("quant_method.moe_kernel.") for path in numbers)
+    assert numbers_of(few) == numbers
+
+
+def check(form: Format, alone_differs: set[str], method: str | None = None) -> None:
     """Another order of experts makes the same rows in that order; an expert that is
     processed alone makes its own, except in `alone_differs`. The kernel reads rows that
     were put in the place of the experts."""
     layer, tensors = processed(form)
+    assert method in (None, type(layer.quant_method).__name__)
     bundle = Bundle.of(layer, EXPERTS)
     assert bundle.experts.keys() == names(form.parts)
     assert bundle.layer_wide.keys() == names(form.wide)
     whole = bundle.tensors()
     order = torch.tensor([2, 0, 3, 1])
-    permuted, _ = processed(form, {n: t[order] for n, t in tensors.items()})
+    permuted, _ = processed(form, of_experts(tensors, order))
     expected = {name: rows[order] for name, rows in whole.items()}
     assert not differing(rows_of(permuted, whole), expected)
-    assert not differing(rows_of(permuted, names(form.wide)), bundle.values())
+    assert not differing(Bundle.of(permuted, EXPERTS).values(), bundle.values())
     assert differing(rows_of(permuted, whole), whole) == set(whole)
     expert = EXPERTS - 1
-    one, _ = processed(form, {n: t[expert:] for n, t in tensors.items()})
+    one, _ = processed(form, of_experts(tensors, torch.tensor([expert])))
     expected = {name: rows[expert:] for name, rows in whole.items()}
     assert differing(rows_of(one, whole), expected) == alone_differs
+    check_attached(form, layer, tensors)
     moved = {name: rows.clone() for name, rows in whole.items()}
     bundle.set_rows(layer, moved)
     read = {tensor.data_ptr() for tensor in read_by_the_kernel(layer)}
@@ -292,5 +345,5 @@ def test_int8_activations_depend_on_all_experts(monkeypatch):
     largest."""
     monkeypatch.setenv("VLLM_MARLIN_INPUT_DTYPE", "int8")
     config = compressed("pack-quantized", **(INT4 | {"group_size": 64}), symmetric=True)
-    form = Format(*config, PACKED, wide=("input_global_scale",), dtype=torch.float16)
+    form = Format(*config, PACKED, dtype=torch.float16)
     check(form, names(("weight_scale",)))

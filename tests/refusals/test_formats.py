@@ -86,7 +86,7 @@ REFUSED = {
     ),
     "W4A8 FP8": (
         layer("CompressedTensorsW4A8Fp8MoEMethod", "CutlassExpertsW4A8Fp8"),
-        "its kernel is CutlassExpertsW4A8Fp8: it reads layouts and factors of a whole",
+        "its kernel is CutlassExpertsW4A8Fp8: no test shows it to be exact on rows",
         CHECKPOINT,
     ),
     # vLLM has two classes of this name. This one is not served.
@@ -102,7 +102,12 @@ REFUSED = {
     ),
     "MXFP4 on CUTLASS": (
         layer("INCMxfp4MoEMethod", "CutlassExpertsMxfp4", name="inc"),
-        "its kernel is CutlassExpertsMxfp4: it reads layouts and factors",
+        "its kernel is CutlassExpertsMxfp4: no test shows it to be exact on rows",
+        CHECKPOINT,
+    ),
+    "a method without a test": (
+        layer("QuarkNvfp4MoEMethod", "MarlinExperts", name="quark"),
+        "quantisation quark: no test shows that slots follow what QuarkNvfp4MoEMethod",
         CHECKPOINT,
     ),
     "TRT-LLM": (
@@ -194,11 +199,11 @@ def test_kernels_that_are_served_are_in_no_table_of_refusals(kernel):
 
 
 def test_what_is_not_known_is_left_to_the_platform():
-    """Unquantised layers, and methods without a kernel."""
+    """Unquantised layers, and tested methods without a kernel."""
     method = object.__new__(UnquantizedFusedMoEMethod)
     plain = SimpleNamespace(quant_method=method, quant_config=None)
     assert format_objection(plain) is None
-    assert format_objection(layer("SomeMoEMethod")) is None
+    assert format_objection(layer("Fp8MoEMethod")) is None
 
 
 def _stocks(folder: str) -> dict[str, ast.ClassDef]:

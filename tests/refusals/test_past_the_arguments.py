@@ -8,6 +8,9 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu.backend import CPUBackend
 from vllm.model_executor.layers.fused_moe.expert_slots.refusals import reasons
@@ -30,7 +33,7 @@ def built(cls: type = RoutedExperts, **given: object) -> RoutedExperts:
         experts_per_token=2,
         num_experts=16,
     )
-    layer.quant_method = SimpleNamespace()
+    layer.quant_method = object.__new__(UnquantizedFusedMoEMethod)
     return layer
 
 

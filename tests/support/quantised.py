@@ -188,6 +188,31 @@ def _make(directory: Path, name: str, as_twin: bool) -> Path:
     return directory
 
 
+def quantise_experts(checkpoint: Path, name: str) -> None:
+    """Quantises the experts of a checkpoint as published ones are, in place.
+
+    Args:
+        checkpoint: one file, with matrices EXPERT.w.weight.
+        name: a format whose configuration lists what stays unquantised.
+    """
+    path = checkpoint / "model.safetensors"
+    tensors, kept = {}, []
+    for key, tensor in load_file(path).items():
+        if re.search(r"\.experts\.\d+\.\w+\.weight$", key):
+            made, _ = FORMATS[name].quantise(tensor.float())
+            stem = key.removesuffix("weight")
+            tensors |= {stem + part: value for part, value in made.items()}
+            continue
+        tensors[key] = tensor
+        if key.endswith(".weight") and tensor.dim() == 2:
+            kept.append(key.removesuffix(".weight"))
+    save_file(tensors, path, {"format": "pt"})
+    config = json.loads((checkpoint / "config.json").read_text())
+    kept_by = {"fp8-block": "modules_to_not_convert", "int4-ct": "ignore"}[name]
+    config["quantization_config"] = FORMATS[name].config | {kept_by: kept}
+    (checkpoint / "config.json").write_text(json.dumps(config, indent=2))
+
+
 def _base(directory: Path, name: str) -> Path:
     if name != "mxfp4":
         return make_checkpoint(

@@ -158,7 +158,7 @@ def test_an_expanded_value_is_layer_wide(layer):
     layer.w13_input_scale = parameter(torch.tensor([3.0]).expand(EXPERTS))
     bundle = Bundle.of(layer, EXPERTS)
     assert bundle.values()["w13_input_scale"].tolist() == [3]
-    bundle.set_values(dict.fromkeys(bundle.values(), torch.tensor([7.0])), EXPERTS)
+    bundle.set_values({n: torch.tensor([7.0]) for n in bundle.values()}, EXPERTS)
     assert layer.w13_input_scale.tolist() == [7.0] * EXPERTS
     assert "w13_input_scale" in Bundle.of(layer, EXPERTS).layer_wide
 

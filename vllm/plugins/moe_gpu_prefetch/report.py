@@ -47,7 +47,7 @@ def report(
             "Expert slots: %d MoE layers, %d experts top-%d, %d slots each (%s): "
             "%.3f GiB of slots and %.3f GiB of staging for all on %s, %.3f GiB of "
             "experts in host memory, %d bytes per expert. About %d concurrent "
-            "sequences keep their experts resident.",
+            "sequences keep their experts resident. The kernel is %s.",
             len(slotted),
             first.local_num_experts,
             first.top_k,
@@ -59,6 +59,9 @@ def report(
             sum(layer.slot_manager.store.num_bytes for layer in slotted) / GIB,
             first.slot_manager.store.bytes_per_expert,
             resident_sequences(first.local_num_experts, first.routed, first.num_slots),
+            type(first.quant_method.moe_kernel.fused_experts).__name__.removeprefix(
+                "Slotted"
+            ),
         )
     elif routed_experts(model):  # all are stock's, which each layer has logged
         return

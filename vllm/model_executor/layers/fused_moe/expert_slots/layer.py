@@ -45,9 +45,12 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import (
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.coverage import (
     LoadCoverage,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.homes import (
+    check_stored,
+    own_pages,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
     host_tensor,
-    pages_of,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.memory import Memory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
@@ -204,6 +207,9 @@ class ExpertSlotsMixin(_Layer):
             return True
         return super().weight_loader(param, *args, **kwargs)
 
+    # Models ask it of the function.
+    weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
+
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self.slot_manager is not None:
             raise MoEPrefetchError(
@@ -226,12 +232,12 @@ class ExpertSlotsMixin(_Layer):
         if stored is None:
             homes = bundle.tensors()
             if shared is None:
-                homes = _own_pages(homes) if self._backend.pins else homes
+                homes = own_pages(homes) if self._backend.pins else homes
             else:
                 mapped = shared.add(self.layer_name, homes | layer_wide)
                 homes = {name: mapped[name] for name in homes}
         else:
-            self._check_stored(stored, bundle)
+            check_stored(stored, bundle, self.layer_name)
             homes = {name: stored[name] for name in bundle.experts}
             layer_wide = {name: stored[name].clone() for name in layer_wide}
         store = ExpertStore(homes)
@@ -305,41 +311,6 @@ class ExpertSlotsMixin(_Layer):
             if getattr(layer, "load_coverage", None) is not None:
                 return layer._memory
         return self._backend.memory(torch.device(self.moe_config.device))
-
-    def _check_stored(self, stored: dict[str, torch.Tensor], bundle: Bundle) -> None:
-        """Checks that what a shared store holds is what this layer needs."""
-        needed = {name: (t.shape[1:], t.dtype) for name, t in bundle.tensors().items()}
-        values = bundle.values()
-        found = {
-            name: (t.shape[1:], t.dtype)
-            for name, t in stored.items()
-            if name not in values
-        }
-        if found != needed or not values.keys() <= stored.keys():
-            raise MoEPrefetchError(
-                f"the shared store holds {self.layer_name} as {_in_words(found)}, this "
-                f"model needs {_in_words(needed)}. Remove it with vllm-moe-prefetch "
-                "stores DIRECTORY --remove."
-            )
-
-
-def _in_words(rows: dict[str, tuple[torch.Size, torch.dtype]]) -> str:
-    return ", ".join(
-        f"{name} {list(shape)} {str(dtype).removeprefix('torch.')}"
-        for name, (shape, dtype) in sorted(rows.items())
-    )
-
-
-def _own_pages(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`tensors`, those copied to the host that are elsewhere or share pages with other
-    memory."""
-    homes = {}
-    for name, tensor in tensors.items():
-        pages = pages_of(tensor) if tensor.device.type == "cpu" else None
-        if pages is None or pages.size != tensor.nbytes:
-            tensor = host_tensor(tensor.shape, tensor.dtype).copy_(tensor)
-        homes[name] = tensor
-    return homes
 
 
 class CheckedMoERunner(_Runner):

@@ -119,7 +119,7 @@ LAYERS = (
     ),
     relied_on(
         f"{_MOE}.experts.marlin_moe:MarlinExperts.apply",
-        "is the GPU's kernel for 4 bits; our subclass plans and loads before it",
+        "is the GPU's kernel of packed weights; our subclass plans and loads before it",
         *_ARRAYS,
     ),
     wrapped(

@@ -31,6 +31,9 @@ from vllm.model_executor.layers.fused_moe.expert_slots.refusals import reasons
 from vllm.model_executor.layers.fused_moe.expert_slots.versions import (
     keep_routing_apart,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import (
+    parameters_of_experts,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.memory import Memory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
 
@@ -61,11 +64,19 @@ class CudaBackend(Backend):
         return None if make is None else make(experts_cls)
 
     def processing_device(self, layer: Any) -> torch.device:
-        # Stock leaves unquantised experts as they are. What it does to others, it does
-        # on a GPU.
-        if isinstance(layer.quant_method, UnquantizedFusedMoEMethod):
-            return torch.device("cpu")
-        return torch.device(layer.moe_config.device)
+        # Stock leaves unquantised experts as they are, and for its Triton kernel those
+        # with a scale for each block or channel. To the others it does on a GPU what it
+        # does.
+        method: Any = layer.quant_method
+        unchanged = isinstance(method, UnquantizedFusedMoEMethod) or (
+            method.experts_cls.__name__ == "TritonExperts"
+            and all(
+                parameter.dim() > 2
+                for name, parameter in parameters_of_experts(layer).items()
+                if "_scale" in name
+            )
+        )
+        return torch.device("cpu" if unchanged else layer.moe_config.device)
 
     def memory(self, device: torch.device) -> Memory:
         if reason := pinning_objection():

@@ -48,10 +48,15 @@ def choosing_among_served(moe_config: Any) -> Iterator[None]:
     """
     stock = FusedMoEExperts.is_supported_config
     rejected: list[str] = []
+    accepted = False
 
     def is_supported(cls: type, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
+        nonlocal accepted
         answer = stock(cls, *args, **kwargs)
-        if not answer[0] or cls.__name__ in SERVED:
+        if not answer[0]:
+            return answer
+        if cls.__name__ in SERVED:
+            accepted = True
             return answer
         rejected.append(cls.__name__)
         return False, f"expert slots do not serve {cls.__name__}"
@@ -61,8 +66,8 @@ def choosing_among_served(moe_config: Any) -> Iterator[None]:
         try:
             yield
         except (NotImplementedError, ValueError) as error:
-            if not rejected:
-                raise
+            if accepted or not rejected:
+                raise  # for another reason
             asked = moe_config.moe_backend
             name = rejected[0]
             known = kernel_reason(name)

@@ -21,6 +21,7 @@ FORMATS = {
 """Names of quantisations whose methods run no fused-MoE kernel of vLLM's, and why slots
 cannot serve them."""
 
+_NOT_SHOWN = "no test shows it to be exact on rows in another order"
 _BY_ID = "it reads layouts and factors of a whole layer, which are not made of rows"
 
 KERNELS = {
@@ -28,7 +29,8 @@ KERNELS = {
         "it sorts tokens by expert before it runs, for ranks that exchange them",
         reasons.OTHER_BACKEND,
     ),
-    "Cutlass": (_BY_ID, reasons.OTHER_CHECKPOINT),
+    "Cutlass": (_NOT_SHOWN, reasons.OTHER_CHECKPOINT),
+    "DeepGemm": (_NOT_SHOWN, reasons.OTHER_BACKEND),
     "FlashInfer": (
         "its tuning makes stock differ from itself between two starts",
         reasons.OTHER_BACKEND,
@@ -46,6 +48,32 @@ KERNELS = {
 }
 """Parts of the names of stock's kernels; why slots cannot serve them, and the way
 out."""
+
+TESTED = {
+    "AutoAWQMoEMethod",
+    "AutoGPTQMoEMethod",
+    "CompressedTensorsW4A4Mxfp4MoEMethod",
+    "CompressedTensorsW4A4Nvfp4MoEMethod",
+    "CompressedTensorsW8A8Fp8MoEMethod",
+    "CompressedTensorsW8A8Int8MoEMethod",
+    "CompressedTensorsW8A8Mxfp8MoEMethod",
+    "CompressedTensorsWNA16MoEMethod",
+    "Fp8MoEMethod",
+    "GptOssMxfp4MoEMethod",
+    "INCMxfp4MoEMethod",
+    "INCMxfp8MoEMethod",
+    "ModelOptFp8MoEMethod",
+    "ModelOptMxFp8FusedMoE",
+    "ModelOptNvFp4FusedMoE",
+    "MoeWNA16Method",
+    "Mxfp4MoEMethod",
+    "QuarkOCP_MX_MoEMethod",
+    "QuarkW4A16Int4MoEMethod",
+    "QuarkW8A8Fp8MoEMethod",
+    "QuarkW8A8Int8MoEMethod",
+}
+"""Stock's methods whose processing is tested: slots and shared stores follow all that
+they make of the experts (tests/quantised)."""
 
 _STOCKS_METHODS = "vllm.model_executor.layers.quantization."
 
@@ -73,6 +101,16 @@ def format_objection(layer: Any) -> str | None:
         _of_method(method, name)
         or _owner_objection(type(method))
         or _of_kernel(getattr(method, "experts_cls", None))
+        or _untested(type(method).__name__, name)
+    )
+
+
+def _untested(method: str, name: str) -> str | None:
+    if method in TESTED:
+        return None
+    return (
+        f"quantisation {name}: no test shows that slots follow what {method} makes of "
+        f"the experts. {reasons.OTHER_CHECKPOINT}"
     )
 
 

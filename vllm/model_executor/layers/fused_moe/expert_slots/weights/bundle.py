@@ -40,10 +40,21 @@ _SCRATCH = {"workspace"}
 
 _LEFT_OUT = _OF_THE_ROUTER | _NOT_READ | _SCRATCH
 
+_USED_UP = {
+    f"{matrix}_{what}_global_scale"
+    for matrix in ("w13", "w2")
+    for what in ("weight", "input")
+}
+"""Scales of compressed-tensors NVFP4, from which processing makes others. A kernel that
+reads them all the same has them in its quantisation config."""
+
 WEIGHTS = ("_weight", "_weight_packed", "_qweight")
 """Ends of the names of the parameters that hold weights, as they are loaded."""
 
-_BEFORE_PROCESSING = {"w13_input_scale", "w2_input_scale"}
+_BEFORE_PROCESSING = {
+    *("w13_input_scale", "w2_input_scale"),
+    *("w13_input_global_scale", "w2_input_global_scale"),
+}
 """Activation scales. A checkpoint has one for each expert, and processing leaves their
 maximum."""
 
@@ -80,7 +91,7 @@ class Bundle:
         bundle = cls({}, {})
         known: dict[int, tuple[Any, list[torch.Tensor]]] = {}
         for path, tensor in _tensors_of(layer):
-            if not tensor.numel() or path.rpartition(".")[2] in _LEFT_OUT:
+            if not tensor.numel() or path.rpartition(".")[2] in _LEFT_OUT | _USED_UP:
                 continue
             layout = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             storage = tensor.untyped_storage().data_ptr()

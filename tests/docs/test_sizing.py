@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The tables of docs/sizing.md have the models and GPUs that `python -m
+tools.sizing_table` prints, and cells of its form. Two figures are computed again in
+capacity/test_plan_elsewhere.py."""
+
+import re
+
+import pytest
+
+from tests.support import ROOT
+from tools.sizing_models import MODELS, QUANTISED_MODELS
+from tools.sizing_table import GPUS, SMALL_GPUS
+
+PAGE = (ROOT / "docs" / "sizing.md").read_text(encoding="utf-8")
+TABLES = re.findall(r"(?m)^\| model \|.*\n\|[-|]+\n(?:\|.*\n)+", PAGE)
+ROOM = r"\d+\.\d \+ \d+\.\d"
+
+
+@pytest.mark.parametrize(
+    ("table", "models", "gpus", "form"),
+    [
+        (0, MODELS, GPUS, rf"\d+ of \d+; {ROOM}|does not fit"),
+        (
+            1,
+            QUANTISED_MODELS,
+            SMALL_GPUS,
+            rf"\d+ of \d+; {ROOM}; \d+\.\d|fits whole; {ROOM}; none|"
+            r"does not fit: .+",
+        ),
+    ],
+)
+def test_the_table_is_the_one_that_is_printed(table, models, gpus, form):
+    head, _, *rows = (
+        line.strip("| ").split(" | ") for line in TABLES[table].splitlines()
+    )
+    assert head == ["model", *gpus]
+    assert [row[0] for row in rows] == list(models)
+    for _, *cells in rows:
+        assert len(cells) == len(gpus)
+        assert all(re.fullmatch(form, cell) for cell in cells), cells
