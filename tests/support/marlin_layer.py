@@ -20,14 +20,15 @@ from vllm.v1.worker import workspace
 from tests.support import cuda_library
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe import config as moe_config
+from vllm.model_executor.layers.fused_moe.expert_slots.backend import on_rows
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import CPUMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
     CudaSlotManager,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.marlin_experts import (
+    SlottedMarlinExperts,
     mapping_blocks,
-    slotted_marlin_experts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
     host_tensor,
@@ -151,10 +152,9 @@ class Layer:
             MoEPrefetchConfig(slots=self.slots), rows, expert_map=self.expert_map
         )
         impl = self.kernels["slots"].impl
-        stock = impl.fused_experts
-        impl.fused_experts = object.__new__(slotted_marlin_experts(type(stock)))
-        impl.fused_experts.__dict__.update(stock.__dict__)
-        impl.fused_experts.slot_manager = self.manager
+        impl.fused_experts = on_rows(
+            impl.fused_experts, SlottedMarlinExperts, self.manager
+        )
 
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator) * 0.2

@@ -28,10 +28,11 @@ from vllm.v1.worker.workspace import (
 from tests.support.cuda_library import activate
 from tests.support.moe_formats import Format
 from vllm.model_executor.layers.fused_moe import modular_kernel
+from vllm.model_executor.layers.fused_moe.expert_slots.backend import on_rows
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import CPUMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.experts import (
-    slotted_triton_experts,
+    SlottedExperts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
     CudaSlotManager,
@@ -94,16 +95,13 @@ class Layer:
             "stock": self._kernel(self.tensors),
             "slots": self._kernel(self.parameters),
         }
-        stock = self.kernels["slots"].impl.fused_experts
-        slotted = object.__new__(slotted_triton_experts(type(stock)))
-        slotted.__dict__.update(stock.__dict__)
-        self.kernels["slots"].impl.fused_experts = slotted
         rows = ExpertRows(ExpertStore(homes), self.slots, self.memory)
         for name, parameter in self.parameters.items():
             parameter.data = rows.tensors[name]
         config = MoEPrefetchConfig(slots=self.slots, policy=self.policy)
         self.manager = CudaSlotManager(config, rows, expert_map=self.expert_map)
-        slotted.slot_manager = self.manager
+        impl = self.kernels["slots"].impl
+        impl.fused_experts = on_rows(impl.fused_experts, SlottedExperts, self.manager)
 
     def normal(self, *shape: int) -> torch.Tensor:
         return (torch.randn(shape, generator=self.generator) * 0.2).to(self.dtype)

@@ -5,6 +5,7 @@ is."""
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import torch
@@ -141,8 +142,8 @@ class Backend(ABC):
 
     @abstractmethod
     def slotted(self, experts_cls: type) -> type | None:
-        """The class that runs `experts_cls`, one of stock's, on rows. None if slots
-        cannot serve it."""
+        """The class that is mixed into `experts_cls`, one of stock's, to run it on
+        rows. None if slots cannot serve it."""
 
     @abstractmethod
     def processing_device(self, layer: Any) -> torch.device:
@@ -157,6 +158,30 @@ class Backend(ABC):
         self, config: MoEPrefetchConfig, rows: ExpertRows, layer: Any, rank: int
     ) -> SlotManager:
         """The manager of a layer's rows."""
+
+
+@cache
+def _mixed(mixin: type, stock: type) -> type:
+    return type(
+        f"Slotted{stock.__name__}", (mixin, stock), {"__module__": mixin.__module__}
+    )
+
+
+def on_rows(experts: Any, mixin: type, manager: SlotManager) -> Any:
+    """What runs a kernel of stock's on rows: an object with `mixin` and the attributes
+    of `experts`. It is not constructed: some of stock's methods accept no class but
+    their own, and what stock set up is kept.
+
+    Args:
+        experts: stock's experts object.
+        mixin: the answer of `Backend.slotted` for its class.
+        manager: of the layer's rows.
+    """
+    stock: type = type(experts)
+    slotted: Any = object.__new__(_mixed(mixin, stock))
+    vars(slotted).update(vars(experts))
+    slotted.slot_manager = manager
+    return slotted
 
 
 def current_backend() -> Backend:

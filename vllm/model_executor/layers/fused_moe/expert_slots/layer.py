@@ -16,6 +16,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.backend import (
     Backend,
     SlotManager,
     current_backend,
+    on_rows,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchError,
@@ -287,13 +288,11 @@ class ExpertSlotsMixin(_Layer):
                 self,
                 f"{type(method).__name__} runs it with {type(stock).__name__}",
             )
-        # Made from stock's object: some of stock's methods accept no other class.
-        experts: Any = object.__new__(slotted)
-        vars(experts).update(vars(stock))
         manager = self._backend.manager(
             self.slots_config, rows, self, get_world_group().rank
         )
-        experts.slot_manager, experts.layer = manager, self
+        experts = on_rows(stock, slotted, manager)
+        experts.layer = self
         method.moe_kernel.impl.fused_experts = experts
         self.slot_manager = manager
 

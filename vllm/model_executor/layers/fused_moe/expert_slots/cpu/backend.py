@@ -11,7 +11,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.backend import Backend
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu.experts import (
     CPU_EXPERTS_CLASSES,
-    slotted_cpu_experts,
+    SlottedCPUExperts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu.manager import CPUSlotManager
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import CPUMemory
@@ -37,9 +37,8 @@ class CPUBackend(Backend):
         return f"its kernel {name} is not known to run on remapped expert ids"
 
     def slotted(self, experts_cls: type) -> type | None:
-        if experts_cls.__name__ not in CPU_EXPERTS_CLASSES:
-            return None
-        return slotted_cpu_experts(experts_cls)
+        known = experts_cls.__name__ in CPU_EXPERTS_CLASSES
+        return SlottedCPUExperts if known else None
 
     def processing_device(self, layer: Any) -> torch.device:
         return torch.device("cpu")

@@ -6,7 +6,6 @@ Only the call of the kernel is ours. What stock does around it (weights applied 
 input, shared experts) is unchanged and traced as before, so compiled code is the same.
 """
 
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +42,7 @@ to give the same bits."""
 
 
 class SlottedCPUExperts(_Stock):
-    """Runs one of stock's classes on rows; `slotted_cpu_experts` mixes it in.
+    """Runs one of stock's classes on rows; `backend.on_rows` mixes it in.
 
     Attributes:
         slot_manager: the layer's manager, set once its rows are made.
@@ -108,14 +107,6 @@ class SlottedCPUExperts(_Stock):
             expert_tokens_meta=None,
             apply_router_weight_on_input=self.layer.apply_router_weight_on_input,
         )
-
-
-@cache
-def slotted_cpu_experts(stock: type) -> type:
-    """The class that runs `stock`, one of stock's CPU experts classes, on rows."""
-    return type(
-        f"Slotted{stock.__name__}", (SlottedCPUExperts, stock), {"__module__": __name__}
-    )
 
 
 def _moe_expert_slots(

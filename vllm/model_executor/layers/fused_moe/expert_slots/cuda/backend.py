@@ -60,8 +60,7 @@ class CudaBackend(Backend):
         )
 
     def slotted(self, experts_cls: type) -> type | None:
-        make = SERVED.get(experts_cls.__name__)
-        return None if make is None else make(experts_cls)
+        return SERVED.get(experts_cls.__name__)
 
     def processing_device(self, layer: Any) -> torch.device:
         # Stock leaves unquantised experts as they are, and for its Triton kernel those

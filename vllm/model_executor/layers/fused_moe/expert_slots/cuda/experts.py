@@ -9,7 +9,6 @@ kernel reads weights, scales, zero points and biases by the same row, so all ten
 an expert must be rows. A tensor with one value for all experts stays as it is.
 """
 
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +35,7 @@ TRITON_EXPERTS_CLASSES = {
 
 
 class SlottedExperts(_Stock):
-    """Runs one of stock's classes on rows; `slotted_triton_experts` mixes it in.
+    """Runs one of stock's classes on rows; `backend.on_rows` mixes it in.
 
     It has no constructor: an object of stock's class, made and set up by stock, can be
     taken over by copying its attributes.
@@ -102,17 +101,6 @@ class SlottedExperts(_Stock):
             and self.block_shape is None
             and not self.per_act_token_quant
         )
-
-
-@cache
-def slotted_triton_experts(stock: type) -> type:
-    """The class that runs `stock`, one of stock's Triton experts classes, on rows."""
-    return type(
-        f"Slotted{stock.__name__}", (SlottedExperts, stock), {"__module__": __name__}
-    )
-
-
-SlottedTritonExperts = slotted_triton_experts(TritonExperts)
 
 
 def padding_of_step(num_tokens: int) -> torch.Tensor | None:

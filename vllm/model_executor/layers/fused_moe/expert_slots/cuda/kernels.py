@@ -8,7 +8,7 @@ slots. So the order stays stock's, on every GPU and in every version: Triton for
 a GPU that has it and Marlin on an older one, Marlin for 4 bits.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,11 +17,11 @@ from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.experts import (
     TRITON_EXPERTS_CLASSES,
-    slotted_triton_experts,
+    SlottedExperts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.marlin_experts import (
     MARLIN_EXPERTS_CLASSES,
-    slotted_marlin_experts,
+    SlottedMarlinExperts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.refusals import reasons
 from vllm.model_executor.layers.fused_moe.expert_slots.refusals.formats import (
@@ -29,11 +29,11 @@ from vllm.model_executor.layers.fused_moe.expert_slots.refusals.formats import (
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.replacing import replaced
 
-SERVED: dict[str, Callable[[type], type]] = {
-    **dict.fromkeys(TRITON_EXPERTS_CLASSES, slotted_triton_experts),
-    **dict.fromkeys(MARLIN_EXPERTS_CLASSES, slotted_marlin_experts),
+SERVED: dict[str, type] = {
+    **dict.fromkeys(TRITON_EXPERTS_CLASSES, SlottedExperts),
+    **dict.fromkeys(MARLIN_EXPERTS_CLASSES, SlottedMarlinExperts),
 }
-"""Stock's experts classes by name, and what makes the class that runs one on rows."""
+"""Stock's experts classes by name, and what is mixed in to run one on rows."""
 
 
 @contextmanager

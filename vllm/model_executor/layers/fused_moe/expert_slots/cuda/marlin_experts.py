@@ -97,7 +97,7 @@ def _blocks_mapped(expert_to_row: torch.Tensor) -> Iterator[None]:
 
 
 class SlottedMarlinExperts(_Stock):
-    """Runs stock's class on rows; `slotted_marlin_experts` mixes it in.
+    """Runs stock's class on rows; `backend.on_rows` mixes it in.
 
     It has no constructor: an object of stock's class, made and set up by stock, can be
     taken over by copying its attributes.
@@ -142,13 +142,3 @@ class SlottedMarlinExperts(_Stock):
                 *args,
                 **kwargs,
             )
-
-
-@functools.cache
-def slotted_marlin_experts(stock: type) -> type:
-    """The class that runs `stock`, one of stock's Marlin experts classes, on rows."""
-    return type(
-        f"Slotted{stock.__name__}",
-        (SlottedMarlinExperts, stock),
-        {"__module__": __name__},
-    )
