@@ -52,7 +52,7 @@ _POINTERS = {
 }
 _SCALARS = {
     **dict.fromkeys(("num_ids", "num_ids_known", "num_blocks"), "i32"),
-    **dict.fromkeys(("mirror", "bytes_per_expert"), "i64"),
+    **dict.fromkeys(("mirror", "ring", "bytes_per_expert"), "i64"),
 }
 
 
@@ -68,7 +68,9 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any]]]:
         for policy in ("lru", "lfu"):
             for has_map in (False, True):
                 name = f"plan E={experts} N={slots} top-{top_k}, {policy}"
-                constants = plan_constants(experts, slots, policy, 128)
+                constants = plan_constants(
+                    experts, slots, policy, 128, traced=has_map
+                )
                 constants |= {"TOP_K": top_k, "HAS_PADDING": True, "HAS_MAP": has_map}
                 yield name + ", map" * has_map, plan_kernel, constants
     for all_wide in (True, False):

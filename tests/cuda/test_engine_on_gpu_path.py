@@ -22,18 +22,21 @@ from tests.support.architectures.checkpoint import make_dummies_large, write_che
 from tests.support.engine import answers, assert_offloaded, moe_layers, sampling, start
 from tests.support.sample import make_checkpoint, make_gpt_oss
 from tests.support.stand_in import stand_in
+from tests.support.traces import check_counters
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.experts import (
     SlottedExperts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
     CudaSlotManager,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.trace.reading import Trace
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
     pages_of,
 )
 
 EXPERTS, TOP_K, LAYERS = 16, 2, 2
 PROMPTS = ["You may reproduce and distribute", "a", "Licensor shall"]
+SMALL = {"dtype": "float32", "max_model_len": 64, "max_num_batched_tokens": 32}
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +52,7 @@ def checkpoint(directory):
 
 
 def ask(checkpoint, **options):
-    llm = start(
-        checkpoint,
-        dtype="float32",
-        max_model_len=64,
-        max_num_batched_tokens=32,
-        **options,
-    )
+    llm = start(checkpoint, **SMALL, **options)
     outputs = llm.generate(PROMPTS, [sampling(4 + i) for i in range(3)], use_tqdm=False)
     found = answers(outputs), moe_layers(llm)
     del llm
@@ -158,23 +155,22 @@ def test_a_shared_store_is_built_then_attached(gpu_code, checkpoint, stock, tmp_
 
 
 def test_a_warm_start(gpu_code, checkpoint, stock, tmp_path):
-    """The second engine begins with the tables that the first one's kernels left."""
+    """The second engine begins with the tables that the first one's kernels left. Its
+    trace, written by the kernels, says so, and gives its counters."""
     options = {"slots": 8, "policy": "lfu", "warm_start": str(tmp_path / "residents")}
     outputs, layers = ask(checkpoint, **options)
     assert outputs == stock
     left = [layer.slot_manager.ranking() for layer in layers]
-    llm = start(
-        checkpoint,
-        dtype="float32",
-        max_model_len=64,
-        max_num_batched_tokens=32,
-        **options,
-    )
+    llm = start(checkpoint, **SMALL, trace=str(tmp_path / "a.trace"), **options)
     assert [layer.slot_manager.ranking() for layer in moe_layers(llm)] == left
     assert [sorted(ranking.experts) for ranking in left] != [list(range(8))] * LAYERS
     llm.collective_rpc("expert_slot_residency")  # every slot holds its expert
     outputs = llm.generate(PROMPTS, [sampling(4 + i) for i in range(3)], use_tqdm=False)
     assert answers(outputs) == stock
+    llm.llm_engine.model_executor.shutdown()
+    trace = Trace.read(tmp_path / "a.trace")
+    assert [layer.start for layer in trace.layers] == left
+    check_counters(trace)
 
 
 def test_warm_up_leaves_no_trace(gpu_code, checkpoint, stock, monkeypatch):

@@ -58,7 +58,7 @@ def test_kernels_equal_the_reference(case):
         expert_map = torch.full((model,), -1, dtype=torch.int32)
         here = torch.randperm(model, generator=generator)[:experts]
         expert_map[here] = torch.arange(experts, dtype=torch.int32)
-    pair = Pair(experts, slots, policy, half_life=3, expert_map=expert_map)
+    pair = Pair(experts, slots, policy, 3, expert_map=expert_map, traced=bool(seed % 4))
     dtype = torch.int64 if seed % 2 else torch.int32
     for _ in range(30):
         tokens = rng.choice([1, 1, 2, 3, 5, 9, 50])

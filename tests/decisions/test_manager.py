@@ -22,14 +22,24 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import Expe
 
 
 def make_manager(
-    num_experts: int, num_slots: int, policy: str, half_life: int = 4, memory=None
+    num_experts: int,
+    num_slots: int,
+    policy: str,
+    half_life: int = 4,
+    memory=None,
+    traced: bool = False,
 ) -> CPUSlotManager:
     """Rows of one page each, so that all of staging is shared."""
     rows = torch.arange(num_experts * 1024, dtype=torch.float32).reshape(
         num_experts, 2, 512
     )
     store = ExpertStore({"w13_weight": rows, "w2_weight": -rows[:, 0]})
-    config = MoEPrefetchConfig(slots=num_slots, policy=policy, lfu_half_life=half_life)
+    config = MoEPrefetchConfig(
+        slots=num_slots,
+        policy=policy,
+        lfu_half_life=half_life,
+        trace="not written" if traced else None,
+    )
     return CPUSlotManager(config, ExpertRows(store, num_slots, memory or CPUMemory()))
 
 

@@ -166,5 +166,7 @@ def make_pair(
     pair = Pair(*arguments, **options)
     device = pair.device
     plan.reached = [device.counters.tensor]
+    if device.ring is not None:
+        plan.reached.append(device.ring.tensor)
     gather.reached = [*device.store.tensors.values(), *device.rows.tensors.values()]
     return pair

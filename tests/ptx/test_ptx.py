@@ -174,8 +174,9 @@ def without(barriers: tuple[int, ...], directory: Path) -> tuple[Path, frozenset
 
 
 def play_every_path(plan: Simulated, gather: Simulated) -> None:
-    """Hits alone, misses that fit, and so many ids that flags in memory take them."""
-    pair = make_pair(plan, gather, 128, 24, "lfu", half_life=3)
+    """Hits alone, misses that fit, and so many ids that flags in memory take them.
+    Without a trace, whose sum over the ids brings barriers of Triton's."""
+    pair = make_pair(plan, gather, 128, 24, "lfu", half_life=3, traced=False)
     generator = torch.Generator().manual_seed(0)
     pair.step(torch.arange(8, dtype=torch.int32).view(1, 8))
     for tokens in (2, 20):

@@ -56,10 +56,16 @@ class Pair:
         half_life: int = 4,
         memory: Memory | None = None,
         expert_map: torch.Tensor | None = None,
+        traced: bool = True,
     ):
         self.expert_map = expert_map
         store = make_store(experts)
-        config = MoEPrefetchConfig(slots=slots, policy=policy, lfu_half_life=half_life)
+        config = MoEPrefetchConfig(
+            slots=slots,
+            policy=policy,
+            lfu_half_life=half_life,
+            trace="not written" if traced else None,
+        )
         self.reference = CPUSlotManager(config, make_rows(store, slots, CPUMemory()))
         rows = make_rows(store, slots, memory or CPUMemory())
         self.where = rows.tensors["w13_weight"].device
@@ -111,6 +117,8 @@ class Pair:
             counted[name] for name in list(counted)[: len(device.totals)]
         ]
         assert device.counters.as_dict() == counted
+        if reference.ring is not None:
+            assert torch.equal(device.ring.tensor, reference.ring.tensor)
         # What the step needs is in its rows, and every slot holds its expert.
         needed = torch.unique(asked[asked >= 0]).long()
         rows = torch.from_numpy(tables.expert_to_row)[needed].long()

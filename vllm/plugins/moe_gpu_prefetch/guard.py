@@ -25,6 +25,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.warm_start import (
 )
 from vllm.plugins.moe_gpu_prefetch.stock import wrapping
 from vllm.plugins.moe_gpu_prefetch.stock.seams import require
+from vllm.plugins.moe_gpu_prefetch.tracing import start_trace
 from vllm.plugins.moe_gpu_prefetch.worker import all_slotted_layers
 
 _ROWS = "a slotted layer's parameters are rows, not the model's experts"
@@ -41,6 +42,9 @@ slots refuse them. (Saving a sharded state asks each layer, which refuses:
 
 _KEEPER = "expert_residents_keeper"
 """Attribute of a worker with a warm start: its `ResidentsKeeper`."""
+
+_RECORDER = "expert_trace_recorder"
+"""Attribute of a worker that records a trace: its `TraceRecorder`."""
 
 
 def _residents_file(vllm_config: Any) -> ResidentsFile | None:
@@ -60,8 +64,9 @@ def guard_worker() -> None:
 
     The blocks of Marlin's kernel are mapped to rows (`cuda/marlin_experts.py`). After
     warm-up the slots are reset to what loading left, or to what an earlier engine left
-    (`warm_start.py`). When the worker ends, its residents are written. Calls that
-    would take a layer's rows for the model's parameters are refused.
+    (`warm_start.py`), and the trace begins, if one was asked for. When the worker ends,
+    its residents are written and the trace is closed. Calls that would take a layer's
+    rows for the model's parameters are refused.
 
     Raises:
         MoEPrefetchError: this vLLM's worker lacks one of the methods.
@@ -91,6 +96,8 @@ def guard_worker() -> None:
             manager.reset(start.get(name))
         if file is not None:
             setattr(self, _KEEPER, ResidentsKeeper(file, managers))
+        if (recorder := start_trace(self, start)) is not None:
+            setattr(self, _RECORDER, recorder)
         return times
 
     require("vllm.v1.worker.gpu_worker:Worker.shutdown")
@@ -98,8 +105,9 @@ def guard_worker() -> None:
 
     @functools.wraps(end)
     def write_and_end(self: Worker) -> None:
-        if (keeper := getattr(self, _KEEPER, None)) is not None:
-            keeper.close()
+        for name in (_KEEPER, _RECORDER):
+            if (writer := getattr(self, name, None)) is not None:
+                writer.close()
         end(self)
 
     require(

@@ -54,6 +54,9 @@ from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.trust import
     make_place,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.sizes import gib
+from vllm.model_executor.layers.fused_moe.expert_slots.trace.recorder import (
+    check_trace_file,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.warm_start import WARM_START
 from vllm.plugins.moe_gpu_prefetch.command import gpu_elsewhere
 
@@ -181,6 +184,8 @@ def settle(vllm_config: VllmConfig) -> None:
     config = MoEPrefetchConfig.of(vllm_config)
     if config is None:
         return
+    if config.trace is not None:
+        check_trace_file(config.trace)
     try:
         planner = planner_for(vllm_config, config)
     except CannotMeasure as error:

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import (
     ResidencyTables,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.trace.ring import TraceRing
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.memory import Memory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
 
@@ -38,6 +39,12 @@ class SlotManager(ABC):
         rows: the layer's.
         layer_name: names the counters.
         rank: of this worker, names the counters.
+        replica: whether another rank makes the same steps, because tensor parallelism
+            splits each expert over both.
+
+    Attributes:
+        ring: the last steps, where a trace is recorded; None without one, and on a
+            replica.
     """
 
     def __init__(
@@ -46,6 +53,7 @@ class SlotManager(ABC):
         rows: ExpertRows,
         layer_name: str = "",
         rank: int = 0,
+        replica: bool = False,
     ):
         self.config = config
         self.rows = rows
@@ -58,7 +66,11 @@ class SlotManager(ABC):
             self.num_slots,
             self.store.bytes_per_expert,
             self.num_experts,
+            replica,
         )
+        self.replica = replica
+        traced = config.trace is not None and not replica
+        self.ring = TraceRing(self.num_experts) if traced else None
 
     @abstractmethod
     def step(
@@ -158,6 +170,12 @@ class Backend(ABC):
         self, config: MoEPrefetchConfig, rows: ExpertRows, layer: Any, rank: int
     ) -> SlotManager:
         """The manager of a layer's rows."""
+
+
+def is_replica(layer: Any) -> bool:
+    """Whether another rank makes the same steps as this one, of a `RoutedExperts`. With
+    expert parallelism no rank does."""
+    return layer.moe_config.moe_parallel_config.tp_rank > 0
 
 
 @cache

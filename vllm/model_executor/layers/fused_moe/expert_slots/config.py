@@ -41,6 +41,11 @@ def _usable_as_path(text: str) -> str:
     return text
 
 
+def _size(text: str) -> str:
+    size_in_bytes(text)
+    return text
+
+
 def _auto_or_size(text: str) -> str:
     if text != "auto":
         size_in_bytes(text)
@@ -89,6 +94,17 @@ class MoEPrefetchConfig:
     engine is idle, every five minutes under load, and at its end. The next start of the
     same model fills its slots with them. Not given: slots start with experts 0 ...
     N-1."""
+
+    trace: (
+        Annotated[str, Field(min_length=1), AfterValidator(_usable_as_path)] | None
+    ) = None
+    """A file that records which experts each step of each layer needed, for
+    `vllm-moe-prefetch tune`. It holds no text. Rank R beyond the first adds `.rankR` to
+    the name, and tensor-parallel ranks, which need the same, record nothing. A file of
+    that name is kept as `NAME.previous`. Not given: nothing is recorded."""
+
+    trace_limit: Annotated[str, AfterValidator(_size)] = "256MiB"
+    """The size of the trace at which the recording ends."""
 
     @classmethod
     def of(cls, carrier: "EngineArgs | VllmConfig") -> "MoEPrefetchConfig | None":

@@ -54,13 +54,21 @@ order: kernels and readers find a total by its name."""
 
 SIZES = {
     "slots": "Expert slots of the layer",
+    "experts": "Experts of the layer on a rank",
     "slot_bytes": "Bytes of the layer's slots",
     "store_bytes": "Bytes of the layer's host store",
 }
 """Constants of the layer, behind the totals in its file."""
 
+OF_EVERY_RANK = frozenset({"bytes_loaded", "slot_bytes", "store_bytes"})
+"""Of the totals and sizes, what a replica adds to: its bytes are its own shard of each
+expert, loaded over its own link. All else it counts is what its group's first rank
+counts too."""
+
 _FIELDS = [*TOTALS, *SIZES]
-_NUM_BYTES = len(_FIELDS) * 8
+_LINK, _REPLICA = len(_FIELDS), len(_FIELDS) + 1
+_NUM_VALUES = len(_FIELDS) + 2
+_NUM_BYTES = _NUM_VALUES * 8
 
 _PREFIX, _LOCK = "vllm-expert-slots-", "lock"
 
@@ -120,6 +128,14 @@ class SlotCounters:
     `hits + misses == needed`. Every miss is one load, into a staging row or into a slot
     in the place of another expert, because no slot is ever empty.
 
+    Args:
+        layer_name: names the file, with `rank`.
+        rank: of this worker.
+        slots: N.
+        bytes_per_expert: on this rank.
+        experts: E.
+        replica: whether another rank counts the same steps, as in tensor parallelism.
+
     Attributes:
         tensor: the totals, [len(TOTALS)] int64 in host memory, in the order of
             `TOTALS`. It lies at the start of pages of its own, so a memory can pin it
@@ -133,6 +149,7 @@ class SlotCounters:
         slots: int,
         bytes_per_expert: int,
         experts: int,
+        replica: bool = False,
     ):
         self._slots, self._bytes_per_expert = slots, bytes_per_expert
         directory = os.environ.get(DIRECTORY_VARIABLE)
@@ -149,18 +166,21 @@ class SlotCounters:
                     directory,
                 )
             pages = HostPages(_NUM_BYTES)
-        values = pages.tensor(torch.int64, (len(_FIELDS),))
+        values = pages.tensor(torch.int64, (_NUM_VALUES,))
         self.tensor = values[: len(TOTALS)]
         self._values = values.numpy()
         self._totals = self.tensor.numpy()
         names = list(TOTALS)
         self._steps = names.index("steps")
         self._of_hits = names.index("needed"), names.index("hits")
-        self._values[len(TOTALS) :] = (
-            slots,
-            slots * bytes_per_expert,
-            experts * bytes_per_expert,
-        )
+        sizes = {
+            "slots": slots,
+            "experts": experts,
+            "slot_bytes": slots * bytes_per_expert,
+            "store_bytes": experts * bytes_per_expert,
+        }
+        self._values[len(TOTALS) : _LINK] = [sizes[name] for name in SIZES]
+        self._values[_LINK], self._values[_REPLICA] = 0, replica
 
     def add(self, plan: "StepPlan") -> None:
         """Counts one step."""
@@ -189,6 +209,19 @@ class SlotCounters:
             self._totals[index] += needed
         self._totals[self._steps] += 1
 
+    def set_link(self, bandwidth: float) -> None:
+        """Notes what this rank's link carries.
+
+        Args:
+            bandwidth: bytes a second, host-to-device, as measured.
+        """
+        self._values[_LINK] = round(bandwidth)
+
+    @property
+    def link(self) -> int | None:
+        """What `set_link` noted."""
+        return int(self._values[_LINK]) or None
+
     def clear(self) -> None:
         """Sets the totals to zero."""
         self._totals.fill(0)
@@ -201,7 +234,7 @@ class SlotCounters:
 
     def as_dict(self) -> dict[str, int]:
         """Totals and sizes by name."""
-        return dict(zip(_FIELDS, self._values.tolist(), strict=True))
+        return dict(zip(_FIELDS, self._values[:_LINK].tolist(), strict=True))
 
 
 def _new_file(path: Path) -> HostPages:
@@ -215,21 +248,31 @@ def _new_file(path: Path) -> HostPages:
 
 @dataclass(frozen=True)
 class LayerReading:
-    """One layer's totals and sizes as another process sees them."""
+    """One layer's totals and sizes as another process sees them.
+
+    Attributes:
+        values: totals and sizes by name.
+        link: bytes a second, host-to-device, of the rank's link; None if it was not
+            measured.
+        replica: whether another rank counts the same steps.
+    """
 
     rank: int
     layer: str
     values: dict[str, int]
+    link: int | None
+    replica: bool
 
 
 def read_counters(directory: Path) -> list[LayerReading]:
     """Reads every layer's file in `directory`. Skips files with another length or
-    name."""
+    name, and is empty if there is no such directory."""
     readings = []
-    for path in sorted(directory.iterdir()):
+    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
         rank, at, layer = path.name.partition("@")
-        values = np.fromfile(path, dtype=np.int64)
-        if at and rank.isdecimal() and len(values) == len(_FIELDS):
-            totals = dict(zip(_FIELDS, values.tolist(), strict=True))
-            readings.append(LayerReading(int(rank), layer, totals))
+        values = np.fromfile(path, dtype=np.int64).tolist()
+        if at and rank.isdecimal() and len(values) == _NUM_VALUES:
+            totals = dict(zip(_FIELDS, values[:_LINK], strict=True))
+            link, replica = values[_LINK] or None, bool(values[_REPLICA])
+            readings.append(LayerReading(int(rank), layer, totals, link, replica))
     return readings

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
-from vllm.model_executor.layers.fused_moe.expert_slots.backend import Backend
+from vllm.model_executor.layers.fused_moe.expert_slots.backend import (
+    Backend,
+    is_replica,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu.experts import (
     CPU_EXPERTS_CLASSES,
@@ -49,4 +52,4 @@ class CPUBackend(Backend):
     def manager(
         self, config: MoEPrefetchConfig, rows: ExpertRows, layer: Any, rank: int
     ) -> CPUSlotManager:
-        return CPUSlotManager(config, rows, layer.layer_name, rank)
+        return CPUSlotManager(config, rows, layer.layer_name, rank, is_replica(layer))

@@ -34,9 +34,19 @@ class CPUSlotManager(SlotManager):
 
     def plan(self, topk_ids: torch.Tensor) -> StepPlan:
         """Decides one step and loads nothing. Takes `topk_ids` as `step` does."""
-        plan = plan_step(self.tables, self.history, topk_ids.numpy())
+        ids = topk_ids.numpy()
+        plan = plan_step(self.tables, self.history, ids)
+        if plan.needed:
+            self._trace(ids)
         self.counters.add(plan)
         return plan
+
+    def _trace(self, ids: np.ndarray) -> None:
+        """Records the step that was decided last, before it is counted: a reader goes
+        by the count."""
+        if self.ring is not None:
+            needed = needed_experts(ids, self.num_experts)
+            self.ring.write(self.history.step, int(np.count_nonzero(ids >= 0)), needed)
 
     def remap(self, topk_ids: torch.Tensor) -> torch.Tensor:
         """Expert ids -> row numbers, same shape and dtype; -1 stays -1."""
@@ -67,6 +77,7 @@ class CPUSlotManager(SlotManager):
         take a quarter less time than by `plan`."""
         needed = needed_experts(ids, self.num_experts)
         self.history.touch(needed)
+        self._trace(ids)
         self.counters.add_hits(int(np.count_nonzero(needed)))
 
     def residency(self) -> list[int]:

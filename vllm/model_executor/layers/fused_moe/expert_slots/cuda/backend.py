@@ -10,7 +10,10 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 
-from vllm.model_executor.layers.fused_moe.expert_slots.backend import Backend
+from vllm.model_executor.layers.fused_moe.expert_slots.backend import (
+    Backend,
+    is_replica,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.host_memory import (
     pinning_objection,
 )
@@ -92,4 +95,11 @@ class CudaBackend(Backend):
     def manager(
         self, config: MoEPrefetchConfig, rows: ExpertRows, layer: Any, rank: int
     ) -> CudaSlotManager:
-        return CudaSlotManager(config, rows, layer.layer_name, rank, layer.expert_map)
+        return CudaSlotManager(
+            config,
+            rows,
+            layer.layer_name,
+            rank,
+            is_replica(layer),
+            layer.expert_map,
+        )

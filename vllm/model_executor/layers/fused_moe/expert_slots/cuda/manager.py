@@ -48,6 +48,7 @@ class CudaSlotManager(SlotManager):
         rows: ExpertRows,
         layer_name: str = "",
         rank: int = 0,
+        replica: bool = False,
         expert_map: torch.Tensor | None = None,
     ):
         """Allocates the tables on the device of `rows`, and loads the first residents.
@@ -57,15 +58,19 @@ class CudaSlotManager(SlotManager):
             rows: the layer's rows, in device memory.
             layer_name: names the counters.
             rank: of this worker, names the counters.
+            replica: as in `SlotManager`.
             expert_map: under expert parallelism [experts of the model] int32, the
                 expert's id on this rank or -1.
         """
-        super().__init__(config, rows, layer_name, rank)
+        super().__init__(config, rows, layer_name, rank, replica)
         tensors = list(rows.tensors.values())
         device = tensors[0].device
         homes = [rows.memory.pin(home) for home in self.store.tensors.values()]
         self._gather = Gather(homes, tensors)
         self._mirror = rows.memory.pin(self.counters.tensor)
+        # Without a trace the kernel writes to no ring.
+        ring = self.ring
+        self._ring = self._mirror if ring is None else rows.memory.pin(ring.tensor)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -87,7 +92,11 @@ class CudaSlotManager(SlotManager):
         pad = triton.next_power_of_2(experts)
         self._scratch = zeros(pad), zeros(pad)
         self._constants = plan_constants(
-            experts, self.num_slots, config.policy, config.lfu_half_life
+            experts,
+            self.num_slots,
+            config.policy,
+            config.lfu_half_life,
+            self.ring is not None,
         )
         self.reset()
 
@@ -129,6 +138,7 @@ class CudaSlotManager(SlotManager):
             self.frequency,
             self.totals,
             self._mirror,
+            self._ring,
             self.store.bytes_per_expert,
             self.num_loads,
             self.load_experts,

@@ -14,6 +14,11 @@ from vllm.model_executor.layers.fused_moe.expert_slots.counters import TOTALS
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
     FREQUENCY_UNIT,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.trace.ring import (
+    HEAD,
+    RECORDS,
+    words_of,
+)
 
 FEW_IDS = 128
 """Up to so many expert ids are compared with the experts in registers, without flags in
@@ -24,6 +29,8 @@ IDS = 1024
 
 _NEVER = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 """The key of what takes no part in a ranking. It comes behind all other keys."""
+
+_RECORDS, _HEAD = tl.constexpr(RECORDS), tl.constexpr(HEAD)
 
 _NUM_TOTALS = tl.constexpr(len(TOTALS))
 _TOTALS_PAD = tl.constexpr(1 << (len(TOTALS) - 1).bit_length())
@@ -58,7 +65,7 @@ _TOTALS_PAD = tl.constexpr(1 << (len(TOTALS) - 1).bit_length())
 
 
 def plan_constants(
-    num_experts: int, num_slots: int, policy: str, lfu_half_life: int
+    num_experts: int, num_slots: int, policy: str, lfu_half_life: int, traced: bool
 ) -> dict[str, int | bool]:
     """The constants of a layer's launches."""
     experts, slots = (
@@ -72,6 +79,9 @@ def plan_constants(
         "LFU": policy == "lfu",
         "HALF_LIFE": lfu_half_life,
         "UNIT": FREQUENCY_UNIT,
+        "TRACED": traced,
+        "WORDS": words_of(num_experts),
+        "LANES": min(32, experts),
         "E_PAD": experts,
         "N_PAD": slots,
         "FEW_IDS": FEW_IDS,
@@ -138,6 +148,7 @@ def plan_kernel(
     frequency,  # [E] int64
     totals,  # [totals] int64 in the order of TOTALS; "steps" is the clock of recency
     mirror,  # address of [totals] int64, a copy that the host reads
+    ring,  # address of [RECORDS, HEAD + WORDS] int32 of a `TraceRing`; if TRACED
     bytes_per_expert,  # of all its tensors; a load adds so many to bytes_loaded
     # outputs: loads, and the row of each id
     num_loads,  # [1] int32
@@ -155,6 +166,9 @@ def plan_kernel(
     UNIT: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     HAS_MAP: tl.constexpr,
+    TRACED: tl.constexpr,
+    WORDS: tl.constexpr,
+    LANES: tl.constexpr,  # experts in a word
     E_PAD: tl.constexpr,
     N_PAD: tl.constexpr,
     FEW_IDS: tl.constexpr,
@@ -179,6 +193,7 @@ def plan_kernel(
 
     if num_ids <= FEW_IDS:
         asked = tl.zeros([E_PAD], tl.int32)
+        pairs_of_few = tl.zeros([32], tl.int32)
         for begin in tl.static_range(0, FEW_IDS, 32):
             ids = _wanted(
                 topk_ids,
@@ -192,7 +207,12 @@ def plan_kernel(
                 HAS_MAP,
             )
             asked |= tl.max((ids[None, :] == e[:, None]).to(tl.int32), axis=1)
+            if TRACED:
+                pairs_of_few += (ids >= 0).to(tl.int32)
+        if TRACED:
+            num_rows = tl.sum(pairs_of_few)
     else:
+        pairs = tl.zeros([IDS], tl.int32)
         tl.store(flags + e, tl.zeros([E_PAD], tl.int32))
         tl.debug_barrier()
         for begin in range(0, num_ids, IDS):
@@ -208,6 +228,10 @@ def plan_kernel(
                 HAS_MAP,
             )
             tl.store(flags + ids, tl.full([IDS], 1, tl.int32), mask=ids >= 0)
+            if TRACED:
+                pairs += (ids >= 0).to(tl.int32)
+        if TRACED:
+            num_rows = tl.sum(pairs)
         tl.debug_barrier()
         asked = tl.load(flags + e)
     needed = (asked != 0) & is_expert
@@ -257,6 +281,15 @@ def plan_kernel(
     # The state before the step has been read by all threads behind this barrier.
     tl.debug_barrier()
     if num_needed > 0:
+        if TRACED:
+            at = ((step - 1) & (_RECORDS - 1)) * (_HEAD + WORDS)
+            record = ring.to(tl.pointer_type(tl.int32)) + at
+            tl.store(record, (step & 0xFFFFFFFF).to(tl.int32))
+            tl.store(record + 1, num_rows)
+            word = tl.arange(0, E_PAD // LANES)
+            bits = tl.reshape(needed.to(tl.int32), [E_PAD // LANES, LANES])
+            bits = bits << tl.arange(0, LANES)[None, :]
+            tl.store(record + _HEAD + word, tl.sum(bits, axis=1), mask=word < WORDS)
         tl.store(last_needed + e, step, mask=needed)
         if LFU:
             count = tl.where(step % HALF_LIFE == 0, count >> 1, count)
