@@ -11,7 +11,10 @@ from tests.support import wait_until
 from tests.support.engine import PROMPTS, answers, sampling, start
 from tests.support.server import serving
 from tests.support.traces import check_counters
-from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+from vllm.model_executor.layers.fused_moe.expert_slots.config import (
+    MoEPrefetchConfig,
+    MoEPrefetchError,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import TOTALS
 from vllm.model_executor.layers.fused_moe.expert_slots.trace.reading import Trace
 
@@ -85,3 +88,10 @@ def test_a_trace_that_cannot_be_written_is_refused_before_weights_are_read(
 ):
     with pytest.raises(MoEPrefetchError, match="a directory that does not exist"):
         start(checkpoint, slots=8, trace=str(tmp_path / "none" / "a.trace"))
+
+
+def test_a_relative_name_is_of_the_front_ends_directory(parse, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ("--moe-gpu-prefetch-config.trace", "a.trace")
+    config = parse("--moe-gpu-prefetch", "8", *options).create_engine_config()
+    assert MoEPrefetchConfig.of(config).trace == str(tmp_path / "a.trace")

@@ -3,6 +3,7 @@
 """Traces that were not recorded: the needed sets are given, the counters are those of
 the engine's own code."""
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -132,7 +133,8 @@ def write_trace(path: Path, layers: Sequence[LayerTrace], **header: Any) -> Path
         frames += _steps(number, each)
     totals = {each.name: each.totals for each in layers if each.totals is not None}
     state = format.State(busy_seconds=busy_seconds, totals=totals)
-    frames.append(format.frame(format.STATE, state.model_dump_json().encode()))
+    content = zlib.compress(state.model_dump_json().encode())
+    frames.append(format.frame(format.STATE, content))
     end = format.End(reason="closed").model_dump_json().encode()
     path.write_bytes(b"".join([format.MAGIC, *frames, format.frame(format.END, end)]))
     return path

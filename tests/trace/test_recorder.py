@@ -49,6 +49,11 @@ def header_of(managers, start=None):
     )
 
 
+def record(path, limit, managers, start=None):
+    layers = {name: (m.ring, m.counters) for name, m in managers.items()}
+    return recorder.TraceRecorder(path, limit, header_of(managers, start), layers)
+
+
 class Recorded:
     """Two layers and their recorder, whose thread does nothing: the tests look and
     flush."""
@@ -60,9 +65,7 @@ class Recorded:
         }
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(recorder.TraceRecorder, "_run", lambda self: None)
-            self.recorder = recorder.TraceRecorder(
-                path, limit, header_of(self.managers), self.managers
-            )
+            self.recorder = record(path, limit, self.managers)
         self.needed = {name: [] for name in self.managers}
         self._generator = torch.Generator().manual_seed(0)
 
@@ -72,6 +75,11 @@ class Recorded:
                 ids = torch.rand(tokens, E, generator=self._generator).topk(2).indices
                 manager.step(ids.to(torch.int32))
                 self.needed[name].append(ids.unique().tolist())
+
+    def flush(self):
+        for _ in range(2):
+            self.recorder._look()
+        self.recorder._flush()
 
     def check(self, trace, steps):
         for layer in trace.layers:
@@ -105,8 +113,7 @@ def test_a_closed_trace_has_every_step_and_the_engines_counters(recorded):
 
 def test_a_trace_that_was_cut_off_is_read_to_its_last_whole_frame(recorded):
     recorded.steps(10)
-    recorded.recorder._look()
-    recorded.recorder._flush(idle=not recorded.recorder._look())
+    recorded.flush()
     whole = recorded.path.stat().st_size
     recorded.steps(5)
     recorded.recorder.close()
@@ -119,6 +126,9 @@ def test_a_trace_that_was_cut_off_is_read_to_its_last_whole_frame(recorded):
         # The counters are those of the moment, or none.
         for layer in trace.layers:
             assert layer.totals is None or layer.totals["steps"] == len(layer.steps)
+    for tail in (b"\0" * 500, data[whole : whole + 5]):
+        recorded.path.write_bytes(data[:whole] + tail)
+        recorded.check(Trace.read(recorded.path), 10)
     recorded.path.write_bytes(data[:whole])
     recorded.check(Trace.read(recorded.path), 10)
     assert all(layer.totals for layer in Trace.read(recorded.path).layers)
@@ -127,16 +137,16 @@ def test_a_trace_that_was_cut_off_is_read_to_its_last_whole_frame(recorded):
 def test_the_reader_waits_one_look_for_a_gpus_writes(recorded):
     recorded.steps(3)
     assert recorded.recorder._look()
-    assert not any(reader.pending for reader in recorded.recorder._readers)
+    readers = recorded.recorder._readers.values()
+    assert not any(reader.pending for reader in readers)
     assert not recorded.recorder._look()
-    assert [reader.pending for reader in recorded.recorder._readers] == [3, 3]
+    assert [reader.pending for reader in readers] == [3, 3]
 
 
 def test_steps_that_were_overwritten_are_a_gap(recorded):
     """And so is a record of another number, which a step under way may leave."""
     recorded.steps(2)
-    for _ in range(2):
-        recorded.recorder._look()
+    recorded.flush()
     recorded.steps(RECORDS + 100, tokens=1)
     recorded.recorder.close()
     layer = Trace.read(recorded.path).layers[0]
@@ -159,39 +169,84 @@ def test_a_record_of_another_step_is_not_read(recorded):
     assert other.lost == 0
 
 
+def test_a_step_under_way_is_in_no_state(recorded):
+    """A GPU writes its counters piece by piece. A state has those of one moment, which
+    is that of the last step that was read, while the engine goes on."""
+    recorded.steps(4)
+    recorded.recorder._look()
+    before = recorded.managers["layer 0"].counters.as_dict()
+    recorded.steps(3)
+    counters = recorded.managers["layer 1"].counters
+    counters.tensor[list(TOTALS).index("hits")] -= 1
+    recorded.recorder._look()
+    recorded.recorder._flush()
+    layer, other = Trace.read(recorded.path).layers
+    assert layer.totals == {name: before[name] for name in TOTALS}
+    assert layer.totals["steps"] == 4 == len(other.steps) and other.totals
+    recorded.flush()
+    layer, other = Trace.read(recorded.path).layers
+    assert layer.totals["steps"] == 7 and other.totals is None
+    counters.tensor[list(TOTALS).index("hits")] += 1
+
+
+def test_seconds_are_those_of_steps(recorded, monkeypatch):
+    """A pause of a second is one; a shorter one is a slow step."""
+    now = [100.0]
+    monkeypatch.setattr(recorder.time, "monotonic", lambda: now[0])
+    for pause in (0.0, 0.3, 0.7, 5.0, 0.2):
+        now[0] += pause
+        recorded.steps(1)
+        recorded.recorder._look()
+    recorded.flush()
+    first, again = recorder.POLL_S, recorder.POLL_S
+    assert Trace.read(recorded.path).busy_seconds == pytest.approx(
+        first + 0.3 + 0.7 + again + 0.2
+    )
+
+
 def test_the_recording_ends_at_its_limit(tmp_path, caplog, monkeypatch):
+    """The counters are those after the last step that was written."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     recorded = Recorded(tmp_path / "a.trace", limit=4000)
-    while recorded.recorder._file is not None:
+    while recorded.recorder.recording:
         recorded.steps(20)
-        recorded.recorder._look()
-        recorded.recorder._flush(idle=False)
+        recorded.flush()
     recorded.steps(5)
     recorded.recorder.close()
     trace = Trace.read(recorded.path)
     assert trace.ended == "limit" and recorded.path.stat().st_size <= 4000
-    assert len(trace.layers[0].steps) >= 20
-    recorded.check(trace, len(trace.layers[0].steps))
+    steps = len(trace.layers[0].steps)
+    assert steps >= 20 and trace.layers[0].totals["steps"] == steps
+    recorded.check(trace, steps)
     assert "has reached its limit" in caplog.text and "trace_limit" in caplog.text
 
 
-def test_a_disk_that_is_full_ends_the_recording_and_not_the_engine(
-    tmp_path, caplog, monkeypatch
+@pytest.mark.parametrize("trouble", ["full", "reset"])
+def test_trouble_ends_the_recording_and_not_the_engine(
+    tmp_path, caplog, monkeypatch, trouble
 ):
+    """A full disk; slots that are reset."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    full = os.open("/dev/full", os.O_WRONLY)
-    monkeypatch.setattr(recorder, "create_trace", lambda path: full)
+    if trouble == "full":
+        full = os.open("/dev/full", os.O_WRONLY)
+        monkeypatch.setattr(recorder, "create_trace", lambda path: full)
     recorded = Recorded(tmp_path / "a.trace")
     recorded.steps(2)
+    recorded.recorder._look()
+    if trouble == "reset":
+        for manager in recorded.managers.values():
+            manager.reset()
+            assert not manager.ring.tensor.any()
     recorded.recorder.close()
-    assert "could not be written, so the recording ends" in caplog.text
+    recorded.recorder.close()
+    assert f"Trace: the recording of {tmp_path / 'a.trace'} ends: " in caplog.text
     assert caplog.text.count("Trace:") == 1
 
 
 def test_the_thread_writes_when_the_engine_is_idle(tmp_path):
     managers = {"layer 0": make_manager(E, N, "lru", traced=True)}
     path = tmp_path / "a.trace"
-    made = recorder.TraceRecorder(path, 1 << 20, header_of(managers), managers)
+    made = record(path, 1 << 20, managers)
     managers["layer 0"].step(torch.tensor([[3, 9]], dtype=torch.int32))
     until = time.monotonic() + 60
     while not (layer := Trace.read(path).layers[0]).totals:
@@ -201,23 +256,11 @@ def test_the_thread_writes_when_the_engine_is_idle(tmp_path):
     made.close()
 
 
-def test_an_earlier_trace_is_kept_once(tmp_path):
-    path = tmp_path / "a.trace"
-    for number in range(3):
-        descriptor = recorder.create_trace(path)
-        os.write(descriptor, b"%d" % number)
-        os.close(descriptor)
-    assert path.read_bytes() == b"2"
-    assert path.with_name("a.trace.previous").read_bytes() == b"1"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.trace", "a.trace.previous"]
-
-
 def test_the_start_of_the_slots_is_kept(tmp_path):
     managers = {"layer 0": make_manager(E, N, "lru", traced=True)}
     start = Ranking([5, 9, *range(20, 26)], [7] * N)
     path = tmp_path / "a.trace"
-    header = header_of(managers, start)
-    recorder.TraceRecorder(path, 1 << 20, header, managers).close()
+    record(path, 1 << 20, managers, start).close()
     layer = Trace.read(path).layers[0]
     assert layer.start == start and len(layer.steps) == 0 and layer.lost == 0
 
@@ -240,6 +283,30 @@ def test_the_start_of_the_slots_is_kept(tmp_path):
             lambda data: data + format.frame(format.STEPS, b"x", 9, 1, 1),
             "steps of a layer 9",
         ),
+        (lambda data: data + format.frame(format.STEPS, b"x", 0, 0, 9), "damaged"),
+        (
+            lambda data: data + format.frame(format.STEPS, b"x", 0, 1 << 31, 1 << 63),
+            "follows 2",
+        ),
+        (
+            lambda data: (
+                data
+                + format.frame(
+                    format.STEPS, format.zlib.compress(bytes(1 << 27)), 0, 1, 9
+                )
+            ),
+            "a frame is too long",
+        ),
+        (
+            lambda data: (
+                data
+                + format.frame(
+                    format.STATE,
+                    format.zlib.compress(b'{"busy_seconds": 0, "totals": {"a": {}}}'),
+                )
+            ),
+            "those of another version",
+        ),
         (
             lambda data: data + format.frame(format.STEPS, b"12345", 0, 1, 99),
             "incorrect header check",
@@ -254,15 +321,3 @@ def test_what_is_no_trace_is_refused_in_one_line(recorded, spoil, reason):
         Trace.read(recorded.path)
     message = str(refusal.value)
     assert reason in message and str(recorded.path) in message and "\n" not in message
-
-
-def test_a_file_that_can_never_be_written_is_refused(tmp_path):
-    for file, reason in (
-        (tmp_path, "is a directory"),
-        (tmp_path / "none" / "a.trace", "a directory that does not exist"),
-    ):
-        with pytest.raises(MoEPrefetchError, match=reason):
-            recorder.check_trace_file(str(file))
-    recorder.check_trace_file(str(tmp_path / "a.trace"))
-    assert recorder.trace_path("a", 0).name == "a"
-    assert recorder.trace_path("a", 3).name == "a.rank3"

@@ -105,10 +105,12 @@ def guard_worker() -> None:
 
     @functools.wraps(end)
     def write_and_end(self: Worker) -> None:
-        for name in (_KEEPER, _RECORDER):
-            if (writer := getattr(self, name, None)) is not None:
-                writer.close()
-        end(self)
+        try:
+            for name in (_KEEPER, _RECORDER):
+                if (writer := getattr(self, name, None)) is not None:
+                    writer.close()
+        finally:
+            end(self)
 
     require(
         "vllm.model_executor.layers.fused_moe.experts.marlin_moe:moe_align_block_size"

@@ -36,6 +36,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.capacity.planner import (
     distinct_experts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.config import (
+    OPTIONS_KEY,
     SLOTS_KEY,
     MoEPrefetchConfig,
     MoEPrefetchError,
@@ -54,7 +55,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.trust import
     make_place,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.sizes import gib
-from vllm.model_executor.layers.fused_moe.expert_slots.trace.recorder import (
+from vllm.model_executor.layers.fused_moe.expert_slots.trace.file import (
     check_trace_file,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.warm_start import WARM_START
@@ -173,6 +174,20 @@ def _refuse_a_full_place(
         )
 
 
+def _settle_trace(vllm_config: VllmConfig, file: str) -> None:
+    """Checks the file of the trace and makes its name absolute in `vllm_config`: a
+    worker may run in another directory.
+
+    Raises:
+        MoEPrefetchError: it can never be written.
+    """
+    path = Path(file).expanduser().absolute()
+    check_trace_file(path)
+    additional: Any = vllm_config.additional_config
+    options = {**additional[OPTIONS_KEY], "trace": str(path)}
+    vllm_config.additional_config = {**additional, OPTIONS_KEY: options}
+
+
 def settle(vllm_config: VllmConfig) -> None:
     """Turns a size or `auto` into a number in `vllm_config`, refuses a capacity plan
     that does not fit, and logs the plan.
@@ -185,7 +200,7 @@ def settle(vllm_config: VllmConfig) -> None:
     if config is None:
         return
     if config.trace is not None:
-        check_trace_file(config.trace)
+        _settle_trace(vllm_config, config.trace)
     try:
         planner = planner_for(vllm_config, config)
     except CannotMeasure as error:

@@ -9,17 +9,18 @@ from typing import Any
 from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import Ranking
 from vllm.model_executor.layers.fused_moe.expert_slots.sizes import size_in_bytes
+from vllm.model_executor.layers.fused_moe.expert_slots.trace.file import trace_path
 from vllm.model_executor.layers.fused_moe.expert_slots.trace.format import (
     Header,
     LayerHeader,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.trace.recorder import (
     TraceRecorder,
-    trace_path,
 )
 from vllm.plugins.moe_gpu_prefetch.worker import all_slotted_layers
 
@@ -28,8 +29,7 @@ logger = init_logger(__name__)
 
 def start_trace(worker: Any, starts: Mapping[str, Ranking]) -> TraceRecorder | None:
     """Begins the recording of a worker that has warmed up. None if none was asked for,
-    if this rank needs what another one records, or if the file cannot be created; the
-    log has the reason.
+    if another rank records the same, or if it is impossible; then the log says why.
 
     Args:
         worker: vLLM's.
@@ -37,15 +37,42 @@ def start_trace(worker: Any, starts: Mapping[str, Ranking]) -> TraceRecorder | N
             experts 0 ... N-1.
     """
     config = MoEPrefetchConfig.of(worker.vllm_config)
-    layers = [
-        layer
-        for layer in all_slotted_layers(worker.vllm_config)
-        if layer.slot_manager.ring is not None
-    ]
-    if config is None or config.trace is None or not layers:
+    if config is None or config.trace is None:
+        return None
+    slotted = all_slotted_layers(worker.vllm_config)
+    if not slotted:
+        logger.warning("Trace: nothing is recorded, for no layer here has slots.")
+        return None
+    layers = [layer for layer in slotted if layer.slot_manager.ring is not None]
+    if not layers:
         return None
     rank = get_world_group().rank
-    header = Header(
+    path = trace_path(config.trace, rank)
+    try:
+        recorder = TraceRecorder(
+            path,
+            size_in_bytes(config.trace_limit),
+            _header(worker, rank, layers, starts),
+            {
+                layer.layer_name: (layer.slot_manager.ring, layer.slot_manager.counters)
+                for layer in layers
+            },
+        )
+    except Exception as error:  # the engine serves without a trace
+        logger.warning("Trace: %s is not recorded: %s", path, error)
+        return None
+    logger.info(
+        "Trace: the experts that each step needs are recorded in %s, up to %s.",
+        path,
+        config.trace_limit,
+    )
+    return recorder
+
+
+def _header(
+    worker: Any, rank: int, layers: list[Any], starts: Mapping[str, Ranking]
+) -> Header:
+    return Header(
         model=str(worker.vllm_config.model_config.model),
         rank=rank,
         platform=current_platform.device_name,
@@ -55,23 +82,6 @@ def start_trace(worker: Any, starts: Mapping[str, Ranking]) -> TraceRecorder | N
         kv_bytes_per_token=_kv_bytes_per_token(worker),
         layers=[_constants(layer, starts.get(layer.layer_name)) for layer in layers],
     )
-    path = trace_path(config.trace, rank)
-    try:
-        recorder = TraceRecorder(
-            path,
-            size_in_bytes(config.trace_limit),
-            header,
-            {layer.layer_name: layer.slot_manager for layer in layers},
-        )
-    except OSError as error:
-        logger.warning("Trace: %s is not recorded: %s", path, error)
-        return None
-    logger.info(
-        "Trace: the experts that each step needs are recorded in %s, up to %s.",
-        path,
-        config.trace_limit,
-    )
-    return recorder
 
 
 def _constants(layer: Any, start: Ranking | None) -> LayerHeader:
@@ -93,12 +103,12 @@ def _constants(layer: Any, start: Ranking | None) -> LayerHeader:
 
 
 def _kv_bytes_per_token(worker: Any) -> float | None:
-    """Bytes of KV cache of one token on this rank. None if the model has none, or if
-    this vLLM keeps the cache's layout elsewhere."""
+    """Bytes of KV cache of one token of a long request on this rank. None if the model
+    has no such cache, or if this vLLM keeps its layout elsewhere."""
     cache = getattr(worker.model_runner, "kv_cache_config", None)
-    groups = getattr(cache, "kv_cache_groups", None)
-    if cache is None or not groups or not cache.num_blocks:
+    if cache is None or not cache.kv_cache_groups:
         return None
-    block = min(group.kv_cache_spec.block_size for group in groups)
-    tokens = cache.num_blocks // len(groups) * block
-    return sum(tensor.size for tensor in cache.kv_cache_tensors) / tokens
+    tokens, _ = get_kv_cache_capacity(worker.vllm_config, cache)
+    # Each tensor has the size of the one allocation that all of them lie in.
+    size = max(tensor.size for tensor in cache.kv_cache_tensors)
+    return size / tokens if tokens else None

@@ -41,8 +41,9 @@ def _usable_as_path(text: str) -> str:
     return text
 
 
-def _size(text: str) -> str:
-    size_in_bytes(text)
+def _at_least_a_mib(text: str) -> str:
+    if size_in_bytes(text) < 1 << 20:
+        raise ValueError("a trace needs at least 1MiB")
     return text
 
 
@@ -103,8 +104,8 @@ class MoEPrefetchConfig:
     the name, and tensor-parallel ranks, which need the same, record nothing. A file of
     that name is kept as `NAME.previous`. Not given: nothing is recorded."""
 
-    trace_limit: Annotated[str, AfterValidator(_size)] = "256MiB"
-    """The size of the trace at which the recording ends."""
+    trace_limit: Annotated[str, AfterValidator(_at_least_a_mib)] = "256MiB"
+    """The size at which the recording of a rank ends, at least 1MiB."""
 
     @classmethod
     def of(cls, carrier: "EngineArgs | VllmConfig") -> "MoEPrefetchConfig | None":

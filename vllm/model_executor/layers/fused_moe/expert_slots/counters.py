@@ -171,8 +171,7 @@ class SlotCounters:
         self._values = values.numpy()
         self._totals = self.tensor.numpy()
         names = list(TOTALS)
-        self._steps = names.index("steps")
-        self._of_hits = names.index("needed"), names.index("hits")
+        self._of_hits = [names.index(name) for name in ("steps", "needed", "hits")]
         sizes = {
             "slots": slots,
             "experts": experts,
@@ -205,9 +204,8 @@ class SlotCounters:
         Args:
             needed: distinct experts that it needed.
         """
-        for index in self._of_hits:
-            self._totals[index] += needed
-        self._totals[self._steps] += 1
+        # All at once: another thread sees the totals before the step or after it.
+        self._totals[self._of_hits] += (1, needed, needed)
 
     def set_link(self, bandwidth: float) -> None:
         """Notes what this rank's link carries.

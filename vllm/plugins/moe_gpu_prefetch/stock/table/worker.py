@@ -62,6 +62,11 @@ WORKER = (
         deferred=True,
     ),
     relied_on(
+        f"{_LOGGER}.engine_is_idle",
+        "is true where vLLM's own line is at debug level",
+        deferred=True,
+    ),
+    relied_on(
         f"{_LOGGER}.vllm_config", "tells which engine a line is about", deferred=True
     ),
     relied_on(
@@ -71,6 +76,10 @@ WORKER = (
     relied_on(
         f"{_METRICS}:unregister_vllm_metrics",
         "removes vLLM's own metrics by `_name`, which a collector does not have",
+    ),
+    relied_on(
+        "vllm.v1.core.kv_cache_utils:get_kv_cache_capacity",
+        "gives the tokens that the KV cache holds, for the header of a trace",
     ),
     relied_on(
         "vllm.envs:VLLM_RAY_EXTRA_ENV_VARS_TO_COPY",

@@ -30,6 +30,8 @@ class CPUSlotManager(SlotManager):
     def reset(self, start: Ranking | None = None) -> None:
         self.tables, self.history = self._first(start)
         self.counters.clear()
+        if self.ring is not None:
+            self.ring.clear()
         self.rows.fill_slots(self.tables.slot_to_expert.tolist())
 
     def plan(self, topk_ids: torch.Tensor) -> StepPlan:

@@ -109,6 +109,8 @@ class CudaSlotManager(SlotManager):
         self.frequency.copy_(torch.from_numpy(history.frequency))
         self.totals.zero_()
         self.counters.clear()
+        if self.ring is not None:
+            self.ring.clear()
         self.rows.fill_slots(tables.slot_to_expert.tolist())
 
     def step(

@@ -10,14 +10,15 @@ frame, which a reader leaves out. Integers are little-endian. The kinds:
 * H: `Header` as JSON; the first frame.
 * S: consecutive steps of a layer, compressed by zlib: rows [n] uint32, then sets
   [n, ceil(E / 8)] uint8, a bit for each expert, the lowest first.
-* T: `State` as JSON, written when no step was under way.
+* T: `State` as JSON, compressed by zlib.
 * E: `End` as JSON; the last frame.
 """
 
+import os
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -27,8 +28,8 @@ HEADER, STEPS, STATE, END = b"HSTE"[0], b"HSTE"[1], b"HSTE"[2], b"HSTE"[3]
 
 _HEAD = struct.Struct("<BHIQI")
 _CRC = struct.Struct("<I")
-MAX_CONTENT = 1 << 28
-"""Bytes of a frame's content, at most. A longer one is damage."""
+MAX_CONTENT = 1 << 26
+"""Bytes of a frame's content, at most, also unpacked. A longer one is damage."""
 
 
 class _Strict(BaseModel):
@@ -47,7 +48,7 @@ class LayerHeader(_Strict):
     num_slots: _Count
     top_k: _Count
     routed: Annotated[float, Field(gt=0)]
-    bytes_per_expert: _Count
+    bytes_per_expert: Annotated[int, Field(ge=1, lt=1 << 62)]
     policy: Literal["lru", "lfu"]
     lfu_half_life: _Count
     experts: list[_Expert] | None = None
@@ -89,9 +90,19 @@ def frame(
     return head + content + _CRC.pack(zlib.crc32(head + content))
 
 
+def has_steps(file: BinaryIO) -> bool:
+    """Whether a trace has steps: their first frame follows the header."""
+    file.seek(len(MAGIC))
+    head = file.read(_HEAD.size)
+    if len(head) < _HEAD.size:
+        return False
+    file.seek(_HEAD.unpack(head)[4] + _CRC.size, os.SEEK_CUR)
+    return file.read(1) == bytes([STEPS])
+
+
 def frames(data: memoryview) -> Iterator[tuple[int, int, int, int, bytes]]:
     """The whole frames of a file behind `MAGIC`: kind, layer, count, first, content. It
-    ends at the first that is cut off.
+    ends at the first that is cut off, or was never written and is zeroes.
 
     Raises:
         ValueError: a frame is damaged.
@@ -100,6 +111,8 @@ def frames(data: memoryview) -> Iterator[tuple[int, int, int, int, bytes]]:
     while at + _HEAD.size <= len(data):
         kind, layer, count, first, length = _HEAD.unpack_from(data, at)
         end = at + _HEAD.size + length
+        if kind == 0:
+            return
         if length > MAX_CONTENT:
             raise ValueError(f"the frame at byte {at + len(MAGIC):,} is damaged")
         if end + _CRC.size > len(data):
@@ -109,6 +122,22 @@ def frames(data: memoryview) -> Iterator[tuple[int, int, int, int, bytes]]:
             raise ValueError(f"the frame at byte {at + len(MAGIC):,} is damaged")
         yield kind, layer, count, first, bytes(data[at + _HEAD.size : end])
         at = end + _CRC.size
+
+
+def unpack(content: bytes) -> bytes:
+    """What was compressed.
+
+    Raises:
+        ValueError: it is too long, or damaged.
+    """
+    unpacker = zlib.decompressobj()
+    try:
+        data = unpacker.decompress(content, MAX_CONTENT)
+    except zlib.error as error:
+        raise ValueError(f"it is damaged ({error})") from None
+    if not unpacker.eof:
+        raise ValueError("it is damaged (a frame is too long)")
+    return data
 
 
 def pack_steps(rows: np.ndarray, sets: np.ndarray) -> bytes:
@@ -130,10 +159,8 @@ def unpack_steps(
         ValueError: the content has another length.
     """
     width = -(-num_experts // 8)
-    expected = count * (4 + width)
-    unpacker = zlib.decompressobj()
-    data = unpacker.decompress(content, expected + 1)
-    if len(data) != expected or not unpacker.eof:
+    data = unpack(content)
+    if count == 0 or len(data) != count * (4 + width):
         raise ValueError(f"{count} steps do not fit their frame")
     rows = np.frombuffer(data, "<u4", count).astype(np.int64)
     sets = np.frombuffer(data, np.uint8, offset=4 * count).reshape(count, width)

@@ -2,7 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Reads a trace file."""
 
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+from vllm.model_executor.layers.fused_moe.expert_slots.counters import TOTALS
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import Ranking
 from vllm.model_executor.layers.fused_moe.expert_slots.trace import format
 
@@ -104,6 +104,8 @@ class Trace:
             MoEPrefetchError: there is no such file, it is no trace, or it is damaged.
         """
         try:
+            if path.exists() and not path.is_file():
+                raise MoEPrefetchError(f"{path}: not a regular file.")
             data = path.read_bytes()
         except OSError as error:
             raise MoEPrefetchError(f"{path}: {error.strerror}.") from None
@@ -114,7 +116,7 @@ class Trace:
             )
         try:
             return _parsed(path, memoryview(data)[len(format.MAGIC) :])
-        except (ValueError, zlib.error) as error:
+        except ValueError as error:
             first = (
                 error.errors()[0]["msg"]
                 if isinstance(error, ValidationError)
@@ -123,15 +125,24 @@ class Trace:
             raise MoEPrefetchError(f"{path}: {first}. Record it again.") from None
 
 
+class _Part:
+    """Consecutive steps of a layer."""
+
+    def __init__(self, first: int, rows: np.ndarray, needed: np.ndarray):
+        self.steps = np.arange(first, first + len(rows), dtype=np.int64)
+        self.rows = rows
+        self.counts = np.count_nonzero(needed, axis=1)
+        self.experts = needed.nonzero()[1].astype(np.int16)
+
+
 def _parsed(path: Path, data: memoryview) -> Trace:
     """
     Raises:
         ValueError: the file is damaged.
-        zlib.error: as above.
     """
     header: format.Header | None = None
     state, ended = format.State(busy_seconds=0, totals={}), "interrupted"
-    parts: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
+    parts: list[list[_Part]] = []
     for kind, layer, count, first, content in format.frames(data):
         if header is None:
             if kind != format.HEADER:
@@ -141,13 +152,16 @@ def _parsed(path: Path, data: memoryview) -> Trace:
         elif kind == format.STEPS:
             if layer >= len(parts):
                 raise ValueError(f"it has steps of a layer {layer}")
-            steps = np.arange(first, first + count, dtype=np.int64)
-            if parts[layer] and first <= parts[layer][-1][0][-1]:
-                raise ValueError(f"step {first} of layer {layer} comes twice")
+            before = parts[layer][-1].steps[-1] if parts[layer] else 0
+            if not before < first < 1 << 62:
+                raise ValueError(f"step {first} of layer {layer} follows {before}")
             experts = header.layers[layer].num_experts
-            parts[layer].append((steps, *format.unpack_steps(content, count, experts)))
+            rows, needed = format.unpack_steps(content, count, experts)
+            parts[layer].append(_Part(first, rows, needed))
         elif kind == format.STATE:
-            state = format.State.model_validate_json(content)
+            state = format.State.model_validate_json(format.unpack(content))
+            if any(set(totals) != set(TOTALS) for totals in state.totals.values()):
+                raise ValueError("its counters are those of another version")
         elif kind == format.END:
             ended = format.End.model_validate_json(content).reason
     if header is None:
@@ -167,17 +181,15 @@ def _parsed(path: Path, data: memoryview) -> Trace:
 
 def _layer(
     constants: format.LayerHeader,
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    parts: list[_Part],
     totals: dict[str, int] | None,
 ) -> LayerTrace:
     none: np.ndarray = np.empty(0, np.int64)
-    steps = np.concatenate([none, *(part[0] for part in parts)])
-    rows = np.concatenate([none, *(part[1] for part in parts)])
-    counts, experts = [none], [np.empty(0, np.int16)]
-    for _, _, needed in parts:
-        counts.append(np.count_nonzero(needed, axis=1))
-        experts.append(needed.nonzero()[1].astype(np.int16))
-    offsets = np.concatenate(([0], np.cumsum(np.concatenate(counts))))
+    steps = np.concatenate([none, *(part.steps for part in parts)])
+    rows = np.concatenate([none, *(part.rows for part in parts)])
+    counts = np.concatenate([none, *(part.counts for part in parts)])
+    experts = np.concatenate([none.astype(np.int16), *(part.experts for part in parts)])
+    offsets = np.concatenate(([0], np.cumsum(counts)))
     if totals is not None and totals["steps"] != (steps[-1] if len(steps) else 0):
         totals = None  # of an earlier moment
     start = None
@@ -188,7 +200,7 @@ def _layer(
         steps=steps,
         rows=rows,
         offsets=offsets.astype(np.int64),
-        experts=np.concatenate(experts),
+        experts=experts,
         totals=totals,
         **constants.model_dump(exclude={"experts", "counts"}),
     )

@@ -5,6 +5,7 @@
 import os
 import threading
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -12,13 +13,12 @@ from typing import Literal
 import numpy as np
 from vllm.logger import init_logger
 
-from vllm.model_executor.layers.fused_moe.expert_slots.backend import SlotManager
-from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
-from vllm.model_executor.layers.fused_moe.expert_slots.counters import TOTALS
-from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.trust import (
-    create_own,
+from vllm.model_executor.layers.fused_moe.expert_slots.counters import (
+    TOTALS,
+    SlotCounters,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.trace import format
+from vllm.model_executor.layers.fused_moe.expert_slots.trace.file import create_trace
 from vllm.model_executor.layers.fused_moe.expert_slots.trace.ring import (
     HEAD,
     RECORDS,
@@ -34,71 +34,31 @@ seconds."""
 FLUSH_S = 5.0
 """Seconds of steps, at most, that a killed worker has not written."""
 
-_IDLE_POLLS = 4
-"""Looks without a new step after which what was read is written."""
+IDLE_S = 1.0
+"""Seconds without a new step after which the engine is idle. Shorter pauses are taken
+for slow steps."""
 
 _PATIENCE_S = 10.0
 """Seconds that the worker's end waits for a write that has begun."""
 
-_LAST_FRAME = 128
+_LAST_FRAME = 64
 """Bytes that are kept for the last frame."""
-
-
-def trace_path(file: str, rank: int) -> Path:
-    """The file of a rank: the first has the name that the user gave."""
-    return Path(f"{file}.rank{rank}" if rank else file)
-
-
-def check_trace_file(file: str) -> None:
-    """Refuses a name under which no trace can be written.
-
-    Raises:
-        MoEPrefetchError: its directory is missing or cannot be written, or it is a
-            directory itself.
-    """
-    path = Path(file)
-    reason = None
-    if path.is_dir():
-        reason = "is a directory"
-    elif not path.absolute().parent.is_dir():
-        reason = "is in a directory that does not exist"
-    elif not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-        reason = "is in a directory that this user cannot write"
-    if reason:
-        raise MoEPrefetchError(
-            f"--moe-gpu-prefetch-config.trace: {file} {reason}. Name a file in a "
-            "directory of your own."
-        )
-
-
-def create_trace(path: Path) -> int:
-    """Creates a trace file for this user alone. A file that is there already is kept as
-    `NAME.previous`, and the one before it is lost.
-
-    Returns:
-        A descriptor.
-
-    Raises:
-        OSError: the directory cannot be written.
-    """
-    if path.exists():
-        path.replace(path.with_name(f"{path.name}.previous"))
-    return create_own(path)
 
 
 class _Reader:
     """What was read of a layer's ring and is not yet written.
 
     Attributes:
-        steps: the layer's count of steps at the last look.
+        totals: the layer's counters after the last step that was read; None if they
+            were seen while they changed.
     """
 
-    def __init__(self, number: int, manager: SlotManager, ring: TraceRing):
-        self._number, self._counters, self._ring = number, manager.counters, ring
-        self._set_bytes = -(-manager.num_experts // 8)
+    def __init__(self, number: int, ring: TraceRing, counters: SlotCounters):
+        self._number, self._ring, self._counters = number, ring, counters
         self._read = 0  # the last step that was read or lost
         self._runs: list[tuple[int, list[np.ndarray]]] = []
-        self.steps = 0
+        self._seen: dict[str, int] = dict.fromkeys(TOTALS, 0)
+        self.totals: dict[str, int] | None = None
 
     @property
     def pending(self) -> int:
@@ -108,8 +68,16 @@ class _Reader:
     def look(self) -> bool:
         """Reads the steps that the last look found counted. Writes of a GPU arrive in
         any order; those of these steps have arrived by now. Returns whether new steps
-        are counted."""
-        counted, self.steps = self.steps, self._counters.steps
+        are counted.
+
+        Raises:
+            RuntimeError: the counters went back.
+        """
+        before, now = self._seen, self._counters.as_dict()
+        self._seen = {name: now[name] for name in TOTALS}
+        counted = before["steps"]
+        if now["steps"] < counted:
+            raise RuntimeError("the slots were reset while it recorded")
         first = max(self._read + 1, counted + 1 - RECORDS)
         if first <= counted:
             records = self._ring.read(first, counted)
@@ -121,7 +89,19 @@ class _Reader:
                 self._runs.append((first + kept, []))
             self._runs[-1][1].append(records[kept:])
             self._read = counted
-        return self.steps > counted
+        self.totals = before if self._agree(before) else None
+        return now["steps"] > counted
+
+    def _agree(self, totals: dict[str, int]) -> bool:
+        """Whether totals are those of one moment: a GPU may write them piece by
+        piece."""
+        return (
+            totals["hits"] + totals["misses"] == totals["needed"]
+            and totals["staged"] + totals["evictions"] == totals["loads"]
+            and totals["loads"] == totals["misses"]
+            and totals["bytes_loaded"] * self._counters.experts
+            == totals["loads"] * self._counters.store_bytes
+        )
 
     def frames(self) -> bytes:
         """The pending steps as frames. They are pending no more."""
@@ -130,7 +110,7 @@ class _Reader:
             records = np.concatenate(run)
             if not len(records):
                 continue
-            sets = records[:, HEAD:].copy().view(np.uint8)[:, : self._set_bytes]
+            sets = records[:, HEAD:].copy().view(np.uint8)[:, : self._ring.set_bytes]
             content = format.pack_steps(records[:, 1], sets)
             written += format.frame(
                 format.STEPS, content, self._number, len(records), first
@@ -152,9 +132,11 @@ class TraceRecorder:
         path: of the file, which is created.
         limit: bytes of the file, at most.
         header: the first frame.
-        managers: of the layers in the order of the header.
+        layers: the ring and the counters of each layer, by name, in the order of the
+            header.
 
     Raises:
+        MoEPrefetchError: there is another file of that name.
         OSError: the file cannot be created.
     """
 
@@ -163,73 +145,74 @@ class TraceRecorder:
         path: Path,
         limit: int,
         header: format.Header,
-        managers: Mapping[str, SlotManager],
+        layers: Mapping[str, tuple[TraceRing, SlotCounters]],
     ):
         self._path, self._limit, self._size = path, limit, 0
-        self._managers = managers
-        self._readers = [
-            _Reader(number, manager, manager.ring)
-            for number, manager in enumerate(managers.values())
-            if manager.ring is not None
-        ]
+        self._readers = {
+            name: _Reader(number, ring, counters)
+            for number, (name, (ring, counters)) in enumerate(layers.items())
+        }
         self._file: int | None = create_trace(path)
-        self._busy_seconds, self._state_due = 0.0, False
-        self._append(
-            format.MAGIC
-            + format.frame(format.HEADER, header.model_dump_json().encode())
-        )
+        self._busy_seconds = 0.0
+        self._changed = -np.inf  # when a step was counted last
+        first = format.frame(format.HEADER, header.model_dump_json().encode())
+        self._write(format.MAGIC + first)
         self._closed = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name="expert-trace", daemon=True
         )
         self._thread.start()
 
+    @property
+    def recording(self) -> bool:
+        return self._file is not None
+
     def _run(self) -> None:
-        flushed = before = time.monotonic()
-        idle = 0
-        while self._file is not None and not self._closed.wait(POLL_S):
-            busy = self._look()
-            now = time.monotonic()
-            if busy:
-                self._busy_seconds += now - before
-            before, idle = now, 0 if busy else idle + 1
-            if idle == _IDLE_POLLS or now > flushed + FLUSH_S:
-                self._flush(idle >= _IDLE_POLLS)
-                flushed = now
+        flushed, idle = time.monotonic(), False
+        try:
+            while self.recording and not self._closed.wait(POLL_S):
+                self._look()
+                now = time.monotonic()
+                was_idle, idle = idle, now > self._changed + IDLE_S
+                if idle > was_idle or now > flushed + FLUSH_S:
+                    self._flush()
+                    flushed = now
+        except Exception as error:
+            self._give_up(error)
 
     def _look(self) -> bool:
-        return any([reader.look() for reader in self._readers])
+        """Returns whether new steps are counted."""
+        changed = any([reader.look() for reader in self._readers.values()])
+        if changed:
+            now = time.monotonic()
+            pause = now - self._changed
+            self._busy_seconds += pause if pause < IDLE_S else POLL_S
+            self._changed = now
+        return changed
 
-    def _flush(self, idle: bool) -> None:
-        """Writes the pending steps, and the counters if no step was made meanwhile."""
-        pending = any(reader.pending for reader in self._readers)
-        if not pending and not (idle and self._state_due):
+    def _flush(self) -> None:
+        """Writes the pending steps and the state after them."""
+        readers = self._readers
+        if not any(reader.pending for reader in readers.values()):
             return
-        data = b"".join(reader.frames() for reader in self._readers)
-        self._state_due = not idle
-        if idle:
-            state = format.State(
-                busy_seconds=self._busy_seconds,
-                totals={name: self._totals(m) for name, m in self._managers.items()},
-            )
-            data += format.frame(format.STATE, state.model_dump_json().encode())
-        self._append(data)
-
-    @staticmethod
-    def _totals(manager: SlotManager) -> dict[str, int]:
-        values = manager.counters.as_dict()
-        return {name: values[name] for name in TOTALS}
+        steps = b"".join(reader.frames() for reader in readers.values())
+        state = format.State(
+            busy_seconds=self._busy_seconds,
+            totals={n: r.totals for n, r in readers.items() if r.totals is not None},
+        )
+        content = zlib.compress(state.model_dump_json().encode())
+        self._append(steps + format.frame(format.STATE, content))
 
     def _append(self, data: bytes) -> None:
-        if self._size + len(data) + _LAST_FRAME > self._limit:
-            self._end("limit")
-            logger.warning(
-                "Trace: %s has reached its limit, so later steps are not recorded. "
-                "Raise --moe-gpu-prefetch-config.trace_limit for a longer one.",
-                self._path,
-            )
-        else:
+        if self._size + len(data) + _LAST_FRAME <= self._limit:
             self._write(data)
+            return
+        self._end("limit")
+        logger.warning(
+            "Trace: %s has reached its limit, so later steps are not recorded. Raise "
+            "--moe-gpu-prefetch-config.trace_limit for a longer one.",
+            self._path,
+        )
 
     def _write(self, data: bytes) -> None:
         if self._file is None:
@@ -239,12 +222,11 @@ class TraceRecorder:
                 file.write(data)
             self._size += len(data)
         except OSError as error:
-            logger.warning(
-                "Trace: %s could not be written, so the recording ends: %s",
-                self._path,
-                error,
-            )
-            self._forget()
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        logger.warning("Trace: the recording of %s ends: %s", self._path, error)
+        self._forget()
 
     def _end(self, reason: Literal["closed", "limit"]) -> None:
         end = format.End(reason=reason).model_dump_json().encode()
@@ -264,8 +246,13 @@ class TraceRecorder:
             self._thread.join(_PATIENCE_S)
             if self._thread.is_alive():
                 return
-        if self._file is None:
+        if not self.recording:
             return
-        self._look()  # reads what the thread saw counted
-        self._flush(idle=not self._look())
-        self._end("closed")
+        try:
+            if self._look():
+                time.sleep(POLL_S)  # as between any two looks
+            self._look()
+            self._flush()
+            self._end("closed")
+        except Exception as error:
+            self._give_up(error)

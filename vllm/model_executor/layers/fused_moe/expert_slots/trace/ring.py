@@ -37,12 +37,13 @@ class TraceRing:
         num_experts: E.
 
     Attributes:
+        set_bytes: bytes of a set of experts in a file.
         tensor: [RECORDS, HEAD + words] int32 in host memory, at the start of pages of
             its own, so a memory can pin it and a kernel can write it.
     """
 
     def __init__(self, num_experts: int):
-        self._bytes = words_of(num_experts) * 4
+        self.set_bytes = -(-num_experts // 8)
         shape = (RECORDS, HEAD + words_of(num_experts))
         self.tensor = HostPages(4 * shape[0] * shape[1]).tensor(torch.int32, shape)
         self._records = self.tensor.numpy()
@@ -55,12 +56,14 @@ class TraceRing:
             rows: pairs of a token and an expert.
             needed: [E] bool.
         """
-        bits: np.ndarray = np.zeros(self._bytes, np.uint8)
-        packed = np.packbits(needed, bitorder="little")
-        bits[: len(packed)] = packed
         record = self._records[(step - 1) % RECORDS]
         record[0], record[1] = np.int64(step).astype(np.int32), rows
-        record[HEAD:] = bits.view(np.int32)
+        packed = np.packbits(needed, bitorder="little")
+        record[HEAD:].view(np.uint8)[: self.set_bytes] = packed
+
+    def clear(self) -> None:
+        """Forgets all steps, before their numbers begin anew."""
+        self._records.fill(0)
 
     def read(self, first: int, last: int) -> np.ndarray:
         """Copies of the records of the steps `first` ... `last`, [n, HEAD + words]
