@@ -72,7 +72,7 @@ test-kernels: $(READY)
 # Quantised checkpoints are written by transformers, whose classes the transformers
 # backend changes for good: a process of their own.
 test-memory: $(READY)
-	$(PYTEST) tests/weights tests/shared_store tests/capacity; memory=$$?; $(PYTEST) tests/quantised && exit $$memory
+	$(PYTEST) tests/weights tests/shared_store tests/capacity tests/trace; memory=$$?; $(PYTEST) tests/quantised && exit $$memory
 
 test-endurance: $(READY)
 	$(PYTEST) tests/endurance
@@ -82,7 +82,7 @@ test-endurance: $(READY)
 test-on-next: export TEST_VLLM = $(NEXT_VLLM)
 test-on-next: $(READY)
 	$(PYTEST) tests/test_vllm_version.py tests/plugin/test_seams.py tests/plugin/test_versions.py \
-		tests/engine/test_engine.py tests/engine/test_server.py \
+		tests/engine/test_engine.py tests/engine/test_server.py tests/engine/test_trace.py \
 		-k "not bench and not demo and not run_batch and not yaml"; engine=$$?; \
 	$(PYTEST) tests/quantised; quantised=$$?; \
 	TRITON_INTERPRET=1 $(PYTEST) tests/cuda/test_quantised_experts.py tests/cuda/test_block_map.py; cuda=$$?; \

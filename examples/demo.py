@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""`make demo`: one small MoE checkpoint, served from 8 expert slots and by stock vLLM,
-asked the same; prints both answers' equality and what the slots did. Exit status 1 if
-anything differs. Stock's answers are kept, so that a second run starts one server
-only."""
+"""`make demo`: the small MoE model of `small_moe/`, served from 16 expert slots and by
+stock vLLM, asked the same; prints both answers' equality and what the slots did. Exit
+status 1 if anything differs. Stock's answers are kept, so that a second run starts one
+server only."""
 
 import hashlib
 import json
@@ -18,66 +18,68 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.support import ROOT
-from tests.support.sample import make_checkpoint
 from tests.support.server import Server, start, stop, wait
 
-SLOTS = 8
-QUESTION = [{"role": "user", "content": "What may I do with the Work?"}]
+MODEL = ROOT / "examples" / "small_moe"
+SLOTS = 16
+QUESTIONS = ("What may I do with the Work?", "What is an expert slot?")
+PROSE = 'The "with" statement is used to'
+CODE = "def __init__(self, name, value):"
 console = Console()
 
 
 def ask(client: OpenAI) -> dict[str, Any]:
-    """Chat, streaming chat, and a completion with logprobs; all greedy."""
+    """Chat, streaming chat, and completions of prose and of code; all greedy."""
+    allowed, slot = ([{"role": "user", "content": text}] for text in QUESTIONS)
     chat = client.chat.completions.create(
-        model="sample", messages=QUESTION, max_tokens=24, temperature=0
+        model="sample", messages=allowed, max_tokens=48, temperature=0
     )
     stream = client.chat.completions.create(
-        model="sample", messages=QUESTION, max_tokens=24, temperature=0, stream=True
+        model="sample", messages=slot, max_tokens=48, temperature=0, stream=True
     )
     pieces = [event.choices[0].delta.content or "" for event in stream if event.choices]
-    completion = client.completions.create(
-        model="sample",
-        prompt="You may reproduce and distribute copies of the Work " * 4,
-        max_tokens=24,
-        temperature=0,
-        logprobs=3,
+    prose, code = (
+        client.completions.create(
+            model="sample", prompt=prompt, max_tokens=48, temperature=0, logprobs=3
+        ).choices[0]
+        for prompt in (PROSE, CODE)
     )
-    logprobs = completion.choices[0].logprobs
+    logprobs = code.logprobs
     return {
         "chat": chat.choices[0].message.content,
         "streaming": "".join(pieces),
-        "completion": completion.choices[0].text,
+        "prose": prose.text,
+        "code": code.text,
         "logprobs": (logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs),
     }
 
 
-def stock_answers_file(model: Path) -> Path:
-    """Where stock's answers are kept, by what they depend on: the versions, the
-    checkpoint, this file and the machine's processor."""
+def stock_answers_file(work: Path) -> Path:
+    """Where in `work` stock's answers are kept, by what they depend on: the versions,
+    the checkpoint, this file and the machine's processor."""
     key = hashlib.sha256(Path(__file__).read_bytes())
-    for part in (
+    for text in (
         version("vllm"),
         version("torch"),
         version("transformers"),
         platform.processor(),
     ):
-        key.update(part.encode())
-    for weights in sorted(model.glob("*.safetensors")):
+        key.update(text.encode())
+    for weights in sorted(MODEL.glob("*.safetensors")):
         key.update(weights.read_bytes())
-    return model.parent / f"stock-{key.hexdigest()[:16]}.json"
+    return work / f"stock-{key.hexdigest()[:16]}.json"
 
 
 def main() -> int:
     work = ROOT / ".demo"
     work.mkdir(exist_ok=True)
-    model = make_checkpoint(work / "qwen3-moe")
-    kept = stock_answers_file(model)
+    kept = stock_answers_file(work)
     common = ("--max-model-len", "512", "--enforce-eager")
-    console.print(f"vllm serve {model.relative_to(ROOT)} --moe-gpu-prefetch {SLOTS}")
+    console.print(f"vllm serve examples/small_moe --moe-gpu-prefetch {SLOTS}")
     servers: list[Server] = []
     try:
         servers.append(
-            start(model, work / "slots.log", *common, "--moe-gpu-prefetch", str(SLOTS))
+            start(MODEL, work / "slots.log", *common, "--moe-gpu-prefetch", str(SLOTS))
         )
         if kept.exists():
             console.print(
@@ -85,7 +87,7 @@ def main() -> int:
             )
         else:
             console.print("... and stock vLLM beside it")
-            servers.append(start(model, work / "stock.log", *common))
+            servers.append(start(MODEL, work / "stock.log", *common))
         with console.status("starting vLLM ...") as status:
             for server in servers:
                 wait(
@@ -117,8 +119,11 @@ def main() -> int:
     def total(name: str) -> int:
         return int(metrics[f"vllm:moe_prefetch_{name}"])
 
+    config = json.loads((MODEL / "config.json").read_text())
+    slots = total("slots") // config["num_hidden_layers"]
+    experts = config["num_local_experts"]
     facts = Table("what", "value", title="Expert slots")
-    facts.add_row("slots per MoE layer", f"{SLOTS} of 32 experts")
+    facts.add_row("slots per MoE layer", f"{slots} of {experts} experts")
     facts.add_row("resident share", f"{total('slot_bytes') / total('store_bytes'):.0%}")
     facts.add_row("hit rate", f"{total('hits_total') / total('needed_total'):.1%}")
     facts.add_row("loads", f"{total('loads_total')}")

@@ -68,9 +68,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any]]]:
         for policy in ("lru", "lfu"):
             for has_map in (False, True):
                 name = f"plan E={experts} N={slots} top-{top_k}, {policy}"
-                constants = plan_constants(
-                    experts, slots, policy, 128, traced=has_map
-                )
+                constants = plan_constants(experts, slots, policy, 128, traced=has_map)
                 constants |= {"TOP_K": top_k, "HAS_PADDING": True, "HAS_MAP": has_map}
                 yield name + ", map" * has_map, plan_kernel, constants
     for all_wide in (True, False):

@@ -15,14 +15,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.routing import STRATEGIES, hit_rate
+from benchmarks.policies.replay import Needs, Rule
+from benchmarks.routing.odds import STRATEGIES, stream
+from benchmarks.routing.published import rate
 from tools.sizing_table import OPTIONS, write
 from tools.svg import BLUE, CARD, EDGE, GREEN, GREY, ORANGE, QUIET, RED, WIDTH, Canvas
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
@@ -130,18 +132,24 @@ def hit_rates() -> str:
         canvas.text(58, y + 4, f"{tick}%", 12, text_anchor="end", **_SMALL)
     for slots in range(0, EXPERTS + 1, 16):
         canvas.text(place(slots, 0)[0], base + 20, f"{slots}", 12, **_MIDDLE, **_SMALL)
-    lines = (("skewed", 1, BLUE), ("skewed", 8, ORANGE), ("uniform", 1, GREY))
+    lines = (
+        ("topics-qwen3", 1, BLUE),
+        ("topics-qwen3", 8, ORANGE),
+        ("uniform", 1, GREY),
+    )
     counts = (8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 127)
     for index, (strategy, batch, colour) in enumerate(lines):
         # In double precision no processor's rounding changes an id.
-        simulated = partial(
-            hit_rate, steps=600, warm_up=100, dtype=torch.float64, policy="lru"
+        ids = stream(
+            *(STRATEGIES[strategy], EXPERTS, TOP_K, batch, 8, 128),
+            dtype=torch.float64,
         )
-        rates = [simulated(STRATEGIES[strategy], slots, batch) for slots in counts]
+        needs = [Needs.of(ids.numpy(), EXPERTS)]
+        rates = [rate(needs, slots, Rule(), False, 100) for slots in counts]
         canvas.curve(map(place, counts, rates), colour)
         y = 120 + index * 26
         canvas.line(546, y, 570, y, stroke=colour, stroke_width=3)
-        canvas.text(580, y + 4, f"{strategy} routing, batch of {batch}", 12)
+        canvas.text(580, y + 4, f"{strategy}, batch of {batch}", 12)
     for slots, percent in PUBLISHED.items():
         canvas.ring(*place(slots, percent / 100), RED)
     canvas.ring(558, 198, RED)

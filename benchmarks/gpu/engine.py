@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import routing
 from benchmarks.results import Row
+from benchmarks.routing.strategy import register
 from tests.support import ROOT
 
 WORK = ROOT / ".demo" / "gpu_proof"
@@ -61,7 +61,7 @@ def measure(request: Row) -> Row:
     """Times of decode and prefill steps and of a served load, and what they counted."""
     from vllm import LLM, SamplingParams
 
-    routing.register()
+    register()
     measured: Row = {"decode": {}, "prefill": {}}
     if torch.cuda.is_available():
         watch_loading(measured)

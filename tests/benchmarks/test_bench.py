@@ -6,9 +6,6 @@ not tested."""
 import subprocess
 import sys
 
-import pytest
-
-from benchmarks import routing
 from tests.support import ROOT
 
 
@@ -35,18 +32,3 @@ def test_what_loading_costs():
     for engine in ("stock", "slots", "shared, first", "shared, second"):
         assert f" {engine} │" in output, output
     assert "of one engine's" in output
-
-
-def test_hit_rates():
-    output = printed("benchmarks.routing", "--steps", "20")
-    assert output.count("│ uniform │") == output.count("│ skewed  │") == 8, output
-
-
-@pytest.mark.parametrize(
-    ("name", "low", "high"), [("uniform", 0.38, 0.42), ("skewed", 0.9, 0.95)]
-)
-def test_routing_is_calibrated(name, low, high):
-    """51 of 128 slots under LRU hit 40 % of uniform routing, and of skewed routing what
-    is published for a real model."""
-    rate = routing.hit_rate(routing.STRATEGIES[name], 51, 1, "lru", steps=500)
-    assert low < rate < high

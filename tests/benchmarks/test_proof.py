@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import results
 from benchmarks.gpu import engine, proof, serving
+from benchmarks.routing.published import MODELS
 from tests.support import ROOT
 
 
@@ -45,6 +46,7 @@ keep_triton()
 from benchmarks.gpu import memory as memory_checks
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.machine import Machine
+from benchmarks.routing.published import MODELS
 from tests.support.fake_driver import FakeDriver, device_memory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.driver import Driver
 
@@ -116,15 +118,17 @@ def test_a_failed_check_ends_all_and_sets_the_status(tmp_path, monkeypatch, caps
 
 
 REQUEST = {
-    **{"model": serving.TINY, "routing": "skewed", "batches": [2], "tokens": 4},
-    **{"prefills": [24], "max_model_len": 128, "max_num_seqs": 4},
+    **{"model": serving.TINY | {"experts": 60}, "tokens": 4},
+    **{"routing": "topics-qwen1.5", "batches": [2, 8]},
+    **{"prefills": [24], "max_model_len": 128, "max_num_seqs": 8},
     **{"serving": (2, 8, 4)},
     "options": {"enforce_eager": True, **serving.slots_option(8)},
 }
 
 
 def test_an_engine_measures_and_its_rows_compare_with_stock():
-    """An engine with slots under skewed routing: counters and step times."""
+    """An engine with slots: counters and step times. Eight sequences need together what
+    eight of the model need that the routing is calibrated to."""
     measured = engine.run_engine(REQUEST)
     assert "failed" not in measured, measured
     decode = measured["decode"]["2"]
@@ -135,13 +139,20 @@ def test_an_engine_measures_and_its_rows_compare_with_stock():
         and decode["staged"] == 0
         and measured["prefill"]["24"]["staged"] > 0
     )
+    together = measured["decode"]["8"]
+    union = MODELS[REQUEST["routing"]].unions[8]
+    assert together["needed"] / together["steps"] == pytest.approx(union, rel=0.08)
     assert measured["tokens_per_s"] > 0
     rate = 1e6
-    rows = serving.speed_rows("N = 8", "skewed", measured, measured, rate)
-    assert [row["what"] for row in rows] == ["decode, batch 2", "prefill 24"]
+    rows = serving.speed_rows("N = 8", "topics", measured, measured, rate)
+    assert [row["what"] for row in rows] == [
+        "decode, batch 2",
+        "decode, batch 8",
+        "prefill 24",
+    ]
     assert rows[0]["of stock"] == 1 and rows[0]["bound ms"] > rows[0]["ms"]
     failed = serving.speed_rows(
-        "N = 96", "skewed", {"failed": "out of memory"}, measured, 1
+        "N = 96", "topics", {"failed": "out of memory"}, measured, 1
     )
     assert failed[0]["what"] == "failed: out of memory"
 

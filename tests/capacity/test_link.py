@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity import link
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.link import (
@@ -220,10 +221,19 @@ def test_what_is_no_bandwidth_is_refused(text):
         bandwidth(text)
 
 
+def links_on_metrics():
+    return [
+        sample.value
+        for family in REGISTRY.collect()
+        for sample in family.samples
+        if sample.name == "vllm:moe_prefetch_link_bytes_per_second"
+    ]
+
+
 def test_the_engine_says_it_and_answers_the_same(checkpoint, monkeypatch, request):
     """An engine that believes it is on CUDA measures after its slots are made. It says
-    the cost and what is missing of the GPU's memory; its slots and answers are those of
-    one that does not."""
+    the cost and what is missing of the GPU's memory, and /metrics has the link. Its
+    slots and answers are those of one that does not."""
     from tests.support.engine import answers, moe_layers, sampling, start
 
     def ask():
@@ -237,6 +247,7 @@ def test_the_engine_says_it_and_answers_the_same(checkpoint, monkeypatch, reques
         return held, answers(outputs)
 
     plain = ask()
+    assert not links_on_metrics()
     caplog = request.getfixturevalue(
         "caplog_vllm"
     )  # an engine sets vLLM's logging up anew, once
@@ -256,6 +267,8 @@ def test_the_engine_says_it_and_answers_the_same(checkpoint, monkeypatch, reques
     )
     monkeypatch.setattr(link, "_LEAST", 1)
     assert ask() == plain
+    [bandwidth] = links_on_metrics()
+    assert bandwidth > 0
     assert next(free, None) is None
     (line,) = {m for m in caplog.messages if "/s measured; an expert of" in m}
     assert line.startswith("Host-to-device: ") and "tokens/s" in line

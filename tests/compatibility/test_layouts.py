@@ -6,6 +6,7 @@ that see the same routing hold the same experts without communication."""
 import pytest
 
 from tests.support.apart import run_apart
+from vllm.model_executor.layers.fused_moe.expert_slots.counters import SIZES, TOTALS
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.catalogue import (
     stores,
 )
@@ -26,6 +27,17 @@ def assert_ranks_agree(slotted, slots):
         layer["store_bytes"] == 32 * EXPERT_BYTES // 2 for layer in first.values()
     )
     assert slotted.residency[0] == slotted.residency[1]
+    assert_counted_once(slotted)
+
+
+def assert_counted_once(slotted):
+    """On /metrics the two ranks' events are one rank's; bytes are those of both."""
+    first, second = slotted.counters
+    for name in {*TOTALS, *SIZES}:
+        once = sum(layer[name] for layer in first.values())
+        both = once + sum(layer[name] for layer in second.values())
+        shown = slotted.metrics[f"vllm:moe_prefetch_{name}"]
+        assert shown == (both if "bytes" in name else once) > 0, name
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,10 @@ from tests.support import ROOT
 
 PAGES = sorted(
     page
-    for place in ("*.md", "docs/*.md", "benchmarks/*.md", "examples/*.md", "tools/*.md")
+    for place in (
+        *("*.md", "docs/*.md", "benchmarks/*.md", "tools/*.md"),
+        *("examples/*.md", "examples/*/*.md"),
+    )
     for page in ROOT.glob(place)
 )
 PROGRAMS = (

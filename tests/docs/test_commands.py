@@ -34,11 +34,17 @@ RUN_BY = {
     r"vllm run-batch.*": "engine/test_server.py::test_run_batch",
     r"vllm moe-prefetch plan": NOT_RUN + "its name in vLLM's own tree",
     r"vllm-moe-prefetch plan.*": "capacity/test_plan_elsewhere.py::test_what_it_counts",
+    r"vllm-moe-prefetch tune.*": (
+        "plugin/test_tune_command.py::test_the_table_and_the_flag"
+    ),
     r"vllm-moe-prefetch stores.*": (
         "shared_store/test_store.py::test_the_command_lists_and_removes"
     ),
     r"python -m benchmarks\.cpu\.overhead.*": (
         "benchmarks/test_bench.py::test_what_slots_cost"
+    ),
+    r"python -m benchmarks\.cpu\.tune.*": (
+        "plugin/test_tune_simulation.py::test_the_benchmark"
     ),
     r"python -m benchmarks\.cpu\.loading.*": (
         "benchmarks/test_bench.py::test_what_loading_costs"
@@ -46,12 +52,20 @@ RUN_BY = {
     r"python -m benchmarks\.cpu\.endurance.*": (
         "endurance/test_endurance.py::test_a_minute_under_load"
     ),
-    r"python -m benchmarks\.routing": ("benchmarks/test_bench.py::test_hit_rates"),
+    r"python -m benchmarks\.routing": "benchmarks/test_routing.py::test_the_command",
+    r"python -m benchmarks\.policies": "benchmarks/test_policies.py::test_the_command",
     r"python -m benchmarks\.gpu\.proof.*": (
         "benchmarks/test_proof.py::test_help_and_the_refusal_without_a_gpu"
     ),
     r"python -m tools\.sizing_table": (
         "capacity/test_plan_elsewhere.py::test_a_cell_of_the_table_in_the_docs"
+    ),
+    r"python -m tools\.draw_panels .*": (
+        "examples/test_grafana.py::test_every_panel_shows_data"
+    ),
+    r"python -m tools\.train_small_moe .*": (
+        "tools/test_train_small_moe.py::"
+        "test_a_few_steps_learn_something_and_write_a_checkpoint"
     ),
     r"python -m tools\.mutate": "refusals/test_mutate.py::test_one_is_taken_out",
     r"python -m tools\.pictures": (
@@ -166,7 +180,8 @@ def python_file(command: Command) -> Path:
     if command.words[1] != "-m":
         return ROOT / command.words[1]
     module = command.words[2].replace(".", "/")
-    return ROOT / f"{module}.py"
+    package = ROOT / module / "__main__.py"
+    return package if package.exists() else ROOT / f"{module}.py"
 
 
 def parsed(*programs: str) -> list[Command]:

@@ -13,6 +13,7 @@ from tests.docs.commands import PAGES
 from tests.support import ROOT
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import SIZES, TOTALS
+from vllm.plugins.moe_gpu_prefetch import metrics
 
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
 LINKS = [
@@ -69,6 +70,7 @@ def test_every_metric_is_explained():
     """With the words of its help text."""
     page = (ROOT / "docs" / "observability.md").read_text(encoding="utf-8")
     texts = {f"{name}_total": text for name, text in TOTALS.items()} | SIZES
+    texts |= {"link_bytes_per_second": metrics.LINK}
     for name, text in texts.items():
         assert f"| `vllm:moe_prefetch_{name}` | {text[0].lower()}{text[1:]} |" in page
 

@@ -6,6 +6,7 @@ happens."""
 import gc
 
 import pytest
+from prometheus_client import REGISTRY
 from vllm.compilation.counter import compilation_counter
 
 from tests.support.engine import (
@@ -68,6 +69,14 @@ def test_the_engine_gives_out_what_its_layers_counted(checkpoint):
         layer.layer_name: layer.slot_manager.counters.as_dict()
         for layer in slotted.layers
     }
+    # Such an engine has no statistics (disable_log_stats), but a scrape finds these.
+    scraped = [
+        sample.value
+        for family in REGISTRY.collect()
+        for sample in family.samples
+        if sample.name == "vllm:moe_prefetch_loads_total"
+    ]
+    assert sum(scraped) == slotted.total("loads") > 0
 
 
 def compiled_models() -> int:

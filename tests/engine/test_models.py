@@ -103,7 +103,7 @@ def test_the_start_up_line_says_what_was_decided(checkpoint, caplog_vllm):
     line."""
     start(checkpoint, slots=8)
     (line,) = [m for m in caplog_vllm.messages if m.startswith("Expert slots:")]
-    assert "4 MoE layers, 32 experts top-4, 8 slots each (lru)" in line
+    assert "4 MoE layers, 32 experts top-4, 8 slots each (lfu)" in line
     assert "49152 bytes per expert. About 2 concurrent sequences" in line
     assert line.endswith("UnquantizedExperts.") and "The kernel is " in line
 

@@ -5,11 +5,11 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -41,7 +41,8 @@ TEXT = "You may reproduce and distribute copies of the Work "
 def servers(checkpoint, tmp_path_factory):
     """Eight slots, and stock; started together, for each takes most of a minute."""
     logs = tmp_path_factory.mktemp("servers")
-    with all_serving(start_pair(checkpoint, logs, *COMMON)) as pair:
+    often = {"VLLM_LOG_STATS_INTERVAL": "1"}
+    with all_serving(start_pair(checkpoint, logs, *COMMON, **often)) as pair:
         yield pair
 
 
@@ -125,6 +126,36 @@ def test_metrics_show_the_offload(servers):
     assert moe(stock) == {}
 
 
+def lines_about_slots(server: Server) -> list[tuple[str, bool]]:
+    """Each periodic line about the slots, and whether one of vLLM's is before it."""
+    stock, ours = "Avg prompt throughput", "[log_line.py"
+    lines = server.log.read_text().splitlines()
+    periodic = [line for line in lines if stock in line or ours in line]
+    return [
+        (line.partition("Expert slots: ")[2], stock in before)
+        for before, line in pairwise(["", *periodic])
+        if ours in line
+    ]
+
+
+def test_a_line_about_the_slots_follows_vllms(servers):
+    slots, stock = servers
+    known = len(lines_about_slots(slots))
+    ask(slots, 23)
+    for _ in range(100):
+        if len(written := lines_about_slots(slots)) > known:
+            break
+        time.sleep(0.2)
+    assert len(written) > known
+    for text, follows in written:
+        assert follows and re.fullmatch(
+            r"[\d.]+% hits( \(worst layer \d: [\d.]+%\))?, ([\d.]+ loads per layer and "
+            r"step, [\d.]+% of them staged, [\d.e-]+ GB/s host-to-device|no loads)\.",
+            text,
+        ), text
+    assert lines_about_slots(stock) == []
+
+
 def test_the_example_client_prints_the_answer_and_the_hit_rate(servers):
     """examples/openai_client.py, on the server with slots and on stock's."""
 
@@ -161,19 +192,17 @@ def test_the_demo(servers, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "start", lambda *_: next(started))
     monkeypatch.setattr(demo, "stop", lambda _: None)
     monkeypatch.setattr(demo, "ROOT", tmp_path)
-    # An engine that has run in this process may have changed transformers' classes.
-    copied = partial(shutil.copytree, checkpoint, dirs_exist_ok=True)
-    monkeypatch.setattr(demo, "make_checkpoint", copied)
+    monkeypatch.setattr(demo, "MODEL", checkpoint)
     assert demo.main() == 0
     printed = capsys.readouterr().out
-    assert printed.count("yes, bit for bit") == 4 and "\nequal\n" in printed
+    assert printed.count("yes, bit for bit") == 5 and "\nequal\n" in printed
     assert re.search(r"slots per MoE layer\W+8 of 32 experts", printed)
     [kept] = tmp_path.glob(".demo/stock-*.json")
     answers = json.loads(kept.read_text())
     kept.write_text(json.dumps(answers | {"chat": "other words"}))
     assert demo.main() == 1
     printed = capsys.readouterr().out
-    assert printed.count("yes, bit for bit") == 3 and "DIFFERENT: chat" in printed
+    assert printed.count("yes, bit for bit") == 4 and "DIFFERENT: chat" in printed
 
 
 def test_sixteen_clients_with_streams_and_cancelled_requests(servers):
@@ -213,7 +242,7 @@ def vllm(*arguments: object, seconds: int = 240) -> str:
     return result.stdout
 
 
-def assert_slots_in_log(text: str, slots: int, policy: str = "lru") -> None:
+def assert_slots_in_log(text: str, slots: int, policy: str = "lfu") -> None:
     assert f"4 MoE layers, 32 experts top-4, {slots} slots each ({policy})" in text
 
 

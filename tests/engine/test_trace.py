@@ -5,6 +5,7 @@ from the trace."""
 
 import gc
 
+import numpy as np
 import pytest
 
 from tests.support import wait_until
@@ -17,12 +18,17 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import TOTALS
 from vllm.model_executor.layers.fused_moe.expert_slots.trace.reading import Trace
+from vllm.plugins.moe_gpu_prefetch.command.tune.check import compare
+from vllm.plugins.moe_gpu_prefetch.command.tune.simulate import SimulatedLayer
 
 
 def check(trace):
-    """It is whole and exact."""
+    """It is whole and exact, also for `tune`."""
     assert len(trace.layers) == 4 and trace.platform == "cpu" and trace.link is None
     check_counters(trace)
+    kinds = [np.zeros(len(layer.steps), np.int8) for layer in trace.layers]
+    said = compare(trace, map(SimulatedLayer, trace.layers, kinds))
+    assert said.endswith("equals the engine's counters exactly, in 4 of 4 layers.")
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])

@@ -22,7 +22,7 @@ class ApartRun:
         outputs: the answers, as `engine.answers` gives them.
         counters: of each rank, by layer; empty for stock.
         residency: the expert in each slot, of each rank, by layer; empty for stock.
-        metrics: the engine's own counters.
+        metrics: what `LLM.get_metrics()` has, summed over labels.
         log: what the process printed.
     """
 
@@ -88,11 +88,14 @@ def main(checkpoint: str, answer: str, options: str) -> None:
     llm = start(Path(checkpoint), disable_log_stats=False, **arguments)
     outputs = answers(llm.generate(prompts, sampling(tokens), use_tqdm=False))
     slotted = "slots" in arguments
+    metrics: dict[str, float] = {}
+    for metric in llm.get_metrics():
+        metrics[metric.name] = metrics.get(metric.name, 0) + getattr(metric, "value", 0)
     found = {
         "outputs": outputs,
         "counters": llm.collective_rpc("expert_slot_counters") if slotted else [],
         "residency": llm.collective_rpc("expert_slot_residency") if slotted else [],
-        "metrics": {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")},
+        "metrics": metrics,
     }
     Path(answer).write_text(json.dumps(found))
     llm.llm_engine.engine_core.shutdown()

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
     ExpertHistory,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import (
-    ResidencyTables,
+    first_tables,
     plan_step,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.trace import format
@@ -74,7 +74,7 @@ def _layer(needed: np.ndarray, tokens: Sequence[int], **others: Any) -> LayerTra
         totals=None,
         **{
             "name": "model.layers.0.mlp.experts", "top_k": 1, "bytes_per_expert": 1000,
-            "policy": "lru", "lfu_half_life": 128, "start": None, "routed": 1.0,
+            "policy": "lru", "lfu_half_life": 8, "start": None, "routed": 1.0,
         } | others,
     )  # fmt: skip
     rows = np.array(tokens, np.int64) * layer.routed
@@ -84,12 +84,7 @@ def _layer(needed: np.ndarray, tokens: Sequence[int], **others: Any) -> LayerTra
 def counted(layer: LayerTrace, num_slots: int, policy: Any) -> dict[str, int]:
     """What the engine counts for the layer's steps with other slots or policy."""
     history = ExpertHistory(layer.num_experts, policy, layer.lfu_half_life)
-    residents = None
-    if layer.start is not None:
-        start = layer.start.fitted(layer.num_experts, num_slots)
-        history.resume(start)
-        residents = start.experts
-    tables = ResidencyTables(layer.num_experts, num_slots, residents)
+    tables = first_tables(history, num_slots, layer.start)
     counters = SlotCounters("", 0, num_slots, layer.bytes_per_expert, layer.num_experts)
     for begin, end in zip(layer.offsets, layer.offsets[1:], strict=False):
         counters.add(plan_step(tables, history, layer.experts[begin:end]))

@@ -10,6 +10,7 @@ from tests.support.fake_driver import FakeDriver, device_memory
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import (
     DIRECTORY_VARIABLE,
     TOTALS,
+    LayerReading,
     SlotCounters,
     read_counters,
 )
@@ -23,7 +24,9 @@ def test_counters_lie_where_kernels_can_count(tmp_path, monkeypatch, exposed):
     monkeypatch.delenv(DIRECTORY_VARIABLE, raising=False)
     if exposed:
         monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
-    counters = SlotCounters("layer", 3, slots=4, bytes_per_expert=10, experts=8)
+    counters = SlotCounters(
+        "layer", 3, slots=4, bytes_per_expert=10, experts=8, replica=True
+    )
     assert (
         counters.tensor.shape == (len(TOTALS),) and counters.tensor.dtype == torch.int64
     )
@@ -31,12 +34,13 @@ def test_counters_lie_where_kernels_can_count(tmp_path, monkeypatch, exposed):
     assert address == counters.tensor.data_ptr() + driver.host_offset
     counters.tensor.copy_(torch.arange(1, 11))  # what a kernel does
     values = dict(zip(TOTALS, range(1, 11), strict=True))
-    values |= {"slots": 4, "slot_bytes": 40, "store_bytes": 80}
+    values |= {"slots": 4, "experts": 8, "slot_bytes": 40, "store_bytes": 80}
     assert counters.as_dict() == values and counters.bytes_loaded == 10
     readings = read_counters(tmp_path)
-    assert [(r.rank, r.layer, r.values) for r in readings] == [
-        (3, "layer", values)
-    ] * exposed
+    assert readings == [LayerReading(3, "layer", values, None, True)] * exposed
+    counters.set_link(25.4e9)
+    assert [r.link for r in read_counters(tmp_path)] == [25_400_000_000] * exposed
+    assert counters.as_dict() == values
     counters.clear()
     assert not any(counters.as_dict()[name] for name in TOTALS) and counters.slots == 4
     with pytest.raises(AttributeError):

@@ -6,7 +6,9 @@
 import argparse
 import functools
 import json
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from vllm.config.utils import get_attr_docs
@@ -19,6 +21,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchError,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import (
+    DIRECTORY_VARIABLE,
     open_counters_directory,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.refusals.arguments import (
@@ -166,7 +169,7 @@ def wraps() -> tuple[Wrap, ...]:
         config = MoEPrefetchConfig.of(self)
         if config is None:
             return create_engine_config(self, *args, **kwargs)
-        from vllm.plugins.moe_gpu_prefetch.metrics import expose
+        from vllm.plugins.moe_gpu_prefetch import log_line, metrics
         from vllm.plugins.moe_gpu_prefetch.start import settle
 
         # Each of several API servers makes this configuration, but their parent starts
@@ -182,7 +185,11 @@ def wraps() -> tuple[Wrap, ...]:
             refuse_draft_slots(config, vllm_config)
             if starts_engines:
                 settle(vllm_config)
-                expose(directory, vllm_config)
+                metrics.expose(directory, vllm_config)
+                log_line.follow(directory, vllm_config.instance_id)
+            else:
+                parents = Path(os.environ[DIRECTORY_VARIABLE])
+                metrics.show(parents, vllm_config)
         except MoEPrefetchError as refusal:
             raise ending(refusal) from None
         return vllm_config

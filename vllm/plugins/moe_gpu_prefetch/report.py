@@ -112,6 +112,8 @@ def report_link(model: torch.nn.Module) -> None:
     bandwidth = measured_bandwidth(copies)
     if bandwidth is None:
         return
+    for layer in slotted:
+        layer.slot_manager.counters.set_link(bandwidth)
     cost = link_cost(
         bandwidth,
         (

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The command `vllm-moe-prefetch`: what fits, without weights and without a GPU; and
-the shared expert stores of this machine."""
+"""The command `vllm-moe-prefetch`: what fits, without weights and without a GPU; what a
+recorded trace asks for; and the shared expert stores of this machine."""
 
 import argparse
 import logging
@@ -21,13 +21,14 @@ from vllm.model_executor.layers.fused_moe.expert_slots.config import (
     MoEPrefetchConfig,
     MoEPrefetchError,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.sizes import size_in_bytes
 from vllm.model_executor.layers.fused_moe.expert_slots.versions import add_serve_options
 from vllm.plugins.moe_gpu_prefetch import register
+from vllm.plugins.moe_gpu_prefetch.command.arguments import size
 from vllm.plugins.moe_gpu_prefetch.command.gpu_elsewhere import GPUS, gpu_called
 from vllm.plugins.moe_gpu_prefetch.command.plan import plan_model
 from vllm.plugins.moe_gpu_prefetch.command.stores import list_stores
 from vllm.plugins.moe_gpu_prefetch.command.table import ON_THE_CPU
+from vllm.plugins.moe_gpu_prefetch.command.tune import options
 from vllm.plugins.moe_gpu_prefetch.stock.check import refuse_where_slots_cannot_work
 
 _SHOWN = {
@@ -45,13 +46,6 @@ _SHOWN = {
     "--quantization",
     "--tensor-parallel-size",
 }
-
-
-def _size(value: str) -> int:
-    try:
-        return size_in_bytes(value)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _slots(value: str) -> list[int | str]:
@@ -78,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     those that matter to it."""
     parser = _Parser(prog="vllm-moe-prefetch", description=__doc__)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{plan,stores}"
+        dest="command", required=True, metavar="{plan,tune,stores}"
     )
     plan = commands.add_parser(
         "plan",
@@ -108,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     )
     plan.add_argument(
         "--gpu-memory",
-        type=_size,
+        type=size,
         metavar="SIZE",
         help=(
             "answer for a GPU with this much memory as CUDA reports it, which is less "
@@ -137,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
         for group in plan._action_groups
         if any(action.help != argparse.SUPPRESS for action in group._group_actions)
     ]
+    options.add_parser(commands)
     listing = commands.add_parser(
         "stores",
         usage="vllm-moe-prefetch stores DIRECTORY [--remove [KEY ...]] [--json]",
@@ -188,7 +183,8 @@ def main() -> None:
                 raise MoEPrefetchError(
                     "name a model by its directory or its Hugging Face id."
                 )
-        about = f"{getattr(arguments, arguments.about)}: "
+        if arguments.about is not None:
+            about = f"{getattr(arguments, arguments.about)}: "
         status = arguments.run(arguments)
     except Exception as error:  # vLLM and transformers reject configurations, too
         first = (

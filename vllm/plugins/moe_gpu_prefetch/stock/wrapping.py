@@ -9,8 +9,8 @@ from inspect import getattr_static
 from types import ModuleType
 from typing import Any
 
-_NEUTRAL = ("vllm", "torch", "functools", "contextlib", "typing")
-"""Packages whose decorators stand around vLLM's own methods."""
+_NEUTRAL = ("vllm", "prometheus_client", "torch", "functools", "contextlib", "typing")
+"""Packages that have the methods that we wrap, or decorators around them."""
 
 
 @dataclass(frozen=True)

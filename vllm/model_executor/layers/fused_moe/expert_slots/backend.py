@@ -22,6 +22,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.step import (
     ResidencyTables,
+    first_tables,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.trace.ring import TraceRing
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.memory import Memory
@@ -104,11 +105,7 @@ class SlotManager(ABC):
         history = ExpertHistory(
             self.num_experts, self.config.policy, self.config.lfu_half_life
         )
-        if start is None:
-            return ResidencyTables(self.num_experts, self.num_slots), history
-        start = start.fitted(self.num_experts, self.num_slots)
-        history.resume(start)
-        return ResidencyTables(self.num_experts, self.num_slots, start.experts), history
+        return first_tables(history, self.num_slots, start), history
 
     @abstractmethod
     def residency(self) -> list[int]:

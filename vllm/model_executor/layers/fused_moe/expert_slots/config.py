@@ -64,11 +64,11 @@ class MoEPrefetchConfig:
     the largest number whose slots and staging take no more of a GPU. `auto`: the
     largest number that leaves the KV cache its room. Not given: stock vLLM."""
 
-    policy: Literal["lru", "lfu"] = "lru"
-    """Which resident expert is evicted first: `lru`, the one needed longest ago; `lfu`,
-    the one needed least often, counts decaying with `lfu_half_life`."""
+    policy: Literal["lru", "lfu"] = "lfu"
+    """Which resident expert is evicted first: `lfu`, the one needed least often, counts
+    decaying with `lfu_half_life`; `lru`, the one needed longest ago."""
 
-    lfu_half_life: int = Field(default=128, ge=1, le=MAX_HALF_LIFE, strict=True)
+    lfu_half_life: int = Field(default=8, ge=1, le=MAX_HALF_LIFE, strict=True)
     """For `lfu`: the number of steps of a layer after which a count is worth half."""
 
     draft_slots: Annotated[int, Field(ge=1, strict=True)] | None = None

@@ -24,6 +24,7 @@ import numpy as np
 
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
     ExpertHistory,
+    Ranking,
 )
 
 _NONE: np.ndarray = np.empty(0, np.int64)
@@ -95,6 +96,23 @@ class ResidencyTables:
         self.slot_to_expert[slots] = entering
         self.expert_to_row[entering] = slots + self.num_staged
         self.expert_to_row[(self.expert_to_slot < 0).nonzero()[0]] = self._staging_rows
+
+
+def first_tables(
+    history: ExpertHistory, num_slots: int, start: Ranking | None
+) -> ResidencyTables:
+    """The tables before the first step, and `history` with the order of `start`.
+
+    Args:
+        start: residents and their order, of any number of slots. Not given: experts
+            0 ... N-1 without a history.
+    """
+    num_experts = len(history.last_needed)
+    if start is None:
+        return ResidencyTables(num_experts, num_slots)
+    start = start.fitted(num_experts, num_slots)
+    history.resume(start)
+    return ResidencyTables(num_experts, num_slots, start.experts)
 
 
 def checked_residency(
