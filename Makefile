@@ -107,3 +107,4 @@ compat: $(READY)
 # The pages and pictures that are written from the code.
 docs: $(READY)
 	$(BIN)/python -m tools.pictures
+	$(BIN)/vllm-moe-prefetch tune examples/small_moe/small_moe.trace --max-slots 40 --plots docs/pictures/tune

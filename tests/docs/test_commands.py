@@ -63,6 +63,9 @@ RUN_BY = {
     r"python -m tools\.draw_panels .*": (
         "examples/test_grafana.py::test_every_panel_shows_data"
     ),
+    r"python -m tools\.small_moe\.record .*": (
+        "tools/test_record.py::test_a_trace_of_a_few_requests"
+    ),
     r"python -m tools\.train_small_moe .*": (
         "tools/test_train_small_moe.py::"
         "test_a_few_steps_learn_something_and_write_a_checkpoint"

@@ -30,7 +30,9 @@ def test_each_picture_is_shown():
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
     for name in (*DRAWN, *MEASURED):
         assert f"pictures/{name}" in text
-    assert {path.name for path in PICTURES.iterdir()} == {*DRAWN, *MEASURED}
+    for path in (PICTURES / "tune").iterdir():
+        assert f"pictures/tune/{path.name}" in text
+    assert {path.name for path in PICTURES.iterdir()} == {*DRAWN, *MEASURED, "tune"}
 
 
 def test_the_tables_have_the_figures_of_the_memory_picture():

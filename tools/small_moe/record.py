@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Records `examples/small_moe/small_moe.trace`: what the experts of the small model are
-needed for, by one request at a time and by eight together.
+"""Records which experts the small model needs, for one request at a time and for
+several together. `examples/small_moe/small_moe.trace` is from
 
-    python -m tools.small_moe.record FILE
+    python -m tools.small_moe.record FILE --together 1 8
 """
 
 import argparse
@@ -22,7 +22,9 @@ MODEL = "examples/small_moe"
 """Below the repository: the trace keeps the name, and no machine's path."""
 
 SLOTS = 16
-ALONE, TOGETHER, ROUNDS = 18, 8, 6
+REQUESTS = {1: 18, 8: 48, 25: 100}
+"""Requests at a time, and how many in all."""
+
 PROMPT, ANSWER = 160, 80  # characters, tokens
 
 
@@ -40,6 +42,9 @@ def prompts(count: int) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
+    parser.add_argument(
+        "--together", type=int, nargs="+", choices=REQUESTS, default=[1, 8]
+    )
     given = parser.parse_args(arguments)
     file = given.file.absolute()
     os.chdir(ROOT)
@@ -49,18 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "moe_gpu_prefetch": SLOTS,
             "moe_gpu_prefetch_config": {"trace": str(file)},
         },
-        max_num_seqs=TOGETHER,
+        max_num_seqs=max(given.together),
         enforce_eager=True,
         enable_prefix_caching=False,
     )
     sampling = SamplingParams(
         temperature=0.8, seed=0, max_tokens=ANSWER, ignore_eos=True
     )
-    texts = iter(prompts(ALONE + TOGETHER * ROUNDS))
-    for text in islice(texts, ALONE):
-        llm.generate([text], sampling, use_tqdm=False)
-    while together := list(islice(texts, TOGETHER)):
-        llm.generate(together, sampling, use_tqdm=False)
+    texts = iter(prompts(sum(REQUESTS[count] for count in given.together)))
+    for count in given.together:
+        for _ in range(REQUESTS[count] // count):
+            llm.generate([*islice(texts, count)], sampling, use_tqdm=False)
     llm.llm_engine.engine_core.shutdown()
     return 0
 
