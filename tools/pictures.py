@@ -145,7 +145,7 @@ def hit_rates() -> str:
             dtype=torch.float64,
         )
         needs = [Needs.of(ids.numpy(), EXPERTS)]
-        rates = [rate(needs, slots, Rule(), False, 100) for slots in counts]
+        rates = [rate(needs, slots, Rule("lfu"), False, 100) for slots in counts]
         canvas.curve(map(place, counts, rates), colour)
         y = 120 + index * 26
         canvas.line(546, y, 570, y, stroke=colour, stroke_width=3)
@@ -154,8 +154,10 @@ def hit_rates() -> str:
         canvas.ring(*place(slots, percent / 100), RED)
     canvas.ring(558, 198, RED)
     canvas.text(580, 202, f"{MODEL},", 12)
-    canvas.text(580, 218, "published (moe-trace)", 12)
-    words = "Lines: the policy lru, simulated on the synthetic routing of benchmarks/."
+    canvas.text(580, 218, "published, lru (moe-trace)", 12)
+    words = (
+        "Lines: the default policy, simulated on the synthetic routing of benchmarks/."
+    )
     canvas.text(_LEFT, 407, words, 12, **_SMALL)
     return canvas.svg()
 

@@ -84,8 +84,8 @@ def write(
     facts: dict[str, Any],
     directory: Path,
 ) -> None:
-    """The checkpoint in bfloat16, in one piece or not at all; takes the place of one
-    that is there."""
+    """The checkpoint in bfloat16, each file in one piece or not at all. Other files of
+    the directory stay."""
     unfinished = directory.with_name(f"{directory.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     disable_progress_bar()
@@ -93,10 +93,10 @@ def write(
     model.to(torch.bfloat16).save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     (unfinished / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
-    for kept in directory.glob("*.md"):
-        shutil.copy(kept, unfinished)
-    shutil.rmtree(directory, ignore_errors=True)
-    unfinished.rename(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in unfinished.iterdir():
+        path.replace(directory / path.name)
+    unfinished.rmdir()
 
 
 def fingerprint(texts: Texts) -> str:

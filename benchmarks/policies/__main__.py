@@ -20,7 +20,7 @@ FRACTIONS = {"E/8": 1 / 8, "E/4": 1 / 4, "E/2": 1 / 2, "3E/4": 3 / 4}
 LRU = "lru"
 RULES = {
     LRU: Rule(),
-    "lfu, half-life 128": Rule("lfu"),
+    "lfu, half-life 128": Rule("lfu", half_life=128),
     "lfu, half-life 32": Rule("lfu", half_life=32),
     "lfu, half-life 16": Rule("lfu", half_life=16),
     "lfu, half-life 8": Rule("lfu", half_life=8),
@@ -30,7 +30,7 @@ RULES = {
     "slru, four fifths protected": Rule("slru", protected=0.8),
     "lru, twice in four steps": Rule(admission="twice"),
     "lfu 8, twice in four steps": Rule("lfu", half_life=8, admission="twice"),
-    "lfu 128, if worth more": Rule("lfu", admission="worth"),
+    "lfu 128, if worth more": Rule("lfu", half_life=128, admission="worth"),
     "lfu 8, if worth more": Rule("lfu", half_life=8, admission="worth"),
     "lru, prefill's last tokens": Rule(wide_touches="tail"),
     "lru, prefill touches nothing": Rule(wide_touches="none"),

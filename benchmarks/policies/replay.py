@@ -47,7 +47,7 @@ class Rule:
     """
 
     order: str = "lru"
-    half_life: int = 128
+    half_life: int = 8  # the engine's default
     protected: float = 0.5
     admission: str = "always"
     wide_touches: str = "all"

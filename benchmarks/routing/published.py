@@ -43,6 +43,7 @@ class Model:
 
 
 ENGINE = {"lru": Rule("lru"), "lfu": Rule("lfu")}
+"""The engine's policies, as they are by default."""
 
 MODELS = {
     # github.com/weiran0129/vLLM-MoE-Logger, a trace: 25 prompts of GSM8K in one batch,
@@ -53,7 +54,7 @@ MODELS = {
         sequences=25,
         length=82,
         empty=False,
-        rules=ENGINE,
+        rules={"lru": Rule("lru"), "lfu": Rule("lfu", half_life=128)},
         hits={
             **{("lru", 1, 15): 0.308, ("lru", 1, 30): 0.567, ("lru", 1, 45): 0.813},
             **{("lru", 8, 15): 0.277, ("lru", 8, 30): 0.539, ("lru", 8, 45): 0.779},

@@ -9,6 +9,7 @@ from benchmarks.policies.__main__ import RULES, applies, ratios
 from benchmarks.policies.replay import Needs, Rule, loads
 from benchmarks.policies.workloads import LENGTH, PROMPT, WIDE, decoding, serving
 from tests.benchmarks.test_bench import printed
+from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
     ExpertHistory,
 )
@@ -36,7 +37,8 @@ def test_lru_and_lfu_are_the_engines(policy, slots):
     tables = ResidencyTables(60, slots)
     history = ExpertHistory(60, policy, lfu_half_life=8)
     expected = [plan_step(tables, history, ids).misses for ids in steps]
-    rule = Rule(policy, half_life=8)
+    assert MoEPrefetchConfig(slots=1).lfu_half_life == 8
+    rule = Rule(policy)  # as the engine is by default
     assert loads(Needs.of(steps, 60), slots, rule).tolist() == expected
 
 

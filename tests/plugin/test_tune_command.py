@@ -67,21 +67,40 @@ def test_every_figure_by_hand(tune, trace, layers):
         seconds = 6 * 0.002 + prefill * MILLION / 1e9
         assert figures["prefill_tokens_per_second"] == pytest.approx(180 / seconds)
     assert row["belady"]["hit_rate"] > row["lru"]["hit_rate"]
-    assert found["decode"] == {"steps": 234, "tokens": 234}
+    assert found["decode"] == {
+        "steps": 234,
+        "tokens": 234,
+        "experts_per_layer_and_step": 2,
+    }
+    hits = totals["hits"] - 3 * 6 * 5
+    assert row["lfu"]["decode_hit_rate"] == pytest.approx(hits / (3 * 234 * 2))
     assert found["prefill"] == {"steps": 6, "tokens": 180}
 
 
 def test_the_recommendation(tune, trace, layers):
-    """The fewest slots within 5 % of the most tokens/s; lfu, which loads clearly less
-    here; and what a GiB buys."""
-    limits = ("--max-slots", "10", "--link", "1GB/s", "--step-time", "9ms")
-    found = answer(tune, trace, *limits)
-    advice = found["recommendation"]
-    policy = advice["policy"]
-    speeds = {row["slots"]: row[policy]["tokens_per_second"] for row in found["rows"]}
-    most = max(value for slots, value in speeds.items() if slots <= 10)
-    enough = [slots for slots, value in speeds.items() if value >= most * 0.95]
-    assert advice["slots"] == min(enough) == 8 and advice["limit"] == 10
+    """The fewest slots whose time for all steps is within 1 % of the least that the
+    limit allows, and within 5 % without a limit; lfu, which loads clearly less here;
+    and what a GiB buys."""
+    options = ("--link", "1GB/s", "--step-time", "9ms")
+    for limit, close in ((10, 0.01), (None, 0.05)):
+        limits = () if limit is None else ("--max-slots", limit)
+        found = answer(tune, trace, *limits, *options)
+        advice = found["recommendation"]
+        policy = advice["policy"]
+        times = {
+            row["slots"]: 234 / row[policy]["tokens_per_second"]
+            + 180 / row[policy]["prefill_tokens_per_second"]
+            for row in found["rows"]
+            if row["slots"] <= (limit or EXPERTS - 1)
+        }
+        enough = [
+            n for n, time in times.items() if time <= min(times.values()) * (1 + close)
+        ]
+        assert advice["slots"] == min(enough) and advice["limit"] == limit
+        if limit is None:
+            assert "All 16 experts take" in " ".join(advice["reason"])
+            found = answer(tune, trace, "--max-slots", 10, *options)
+            advice = found["recommendation"]
     saved = 1 - sum(
         counted(layer, advice["slots"], "lfu")["loads"] for layer in layers
     ) / sum(counted(layer, advice["slots"], "lru")["loads"] for layer in layers)
@@ -92,6 +111,36 @@ def test_the_recommendation(tune, trace, layers):
     assert advice["next_gib"]["loads"] == 1
     assert advice["next_gib"]["context"] is None
     assert "lfu loads" in " ".join(advice["reason"]) and advice["warnings"] == []
+
+
+def test_where_every_expert_fits_no_slots_are_advised(tune, trace):
+    """They would only cost what they save."""
+    found = answer(tune, trace, "--budget", "1GiB", "--link", "1GB/s")
+    advice = found["recommendation"]
+    assert advice["slots"] == EXPERTS == advice["limit"]
+    assert advice["reason"] == [
+        "All 16 experts of a layer fit the limit. Serve without --moe-gpu-prefetch, "
+        "which is the same."
+    ]
+
+
+def test_a_budget_is_that_of_the_rank_with_most_to_hold(tune, tmp_path, layers):
+    """Not that of the rank that loads most."""
+    paths = [
+        write_trace(tmp_path / "busy", layers, rank=0),
+        write_trace(
+            tmp_path / "large",
+            [
+                replace(each, bytes_per_expert=5 * MILLION, totals=None)
+                for each in layers[:2]
+            ],
+            rank=1,
+        ),
+    ]
+    slots = answer(tune, *paths, "--budget", "100MB")["recommendation"]["limit"]
+    for each, fits in ((slots, True), (slots + 1, False)):
+        large = (2 * each + EXPERTS - each) * 5 * MILLION
+        assert (large <= 100 * MILLION) == fits
 
 
 def test_the_policy_stays_where_little_is_gained(tune, tmp_path):

@@ -29,6 +29,13 @@ from tests.support.traces import layer_of, write_trace
             ["good", "--slots", "8", "--max-slots", "4"],
             "--slots: no number is within the limit of 4 slots. Add a smaller one.",
         ),
+        (["good", "--slots", "8,17"], "--slots 17: a layer has 2 slots, the router's"),
+        (["good", "--slots", "1"], "--slots 1: a layer has 2 slots, the router's"),
+        (["good", "good"], "good is named twice. Name each file once."),
+        (
+            ["good", "other-policy"],
+            "other-policy was recorded with lfu, half-life 8, and good with lru, half-",
+        ),
         (["good", "--format", "png"], "--format png is of --plots DIRECTORY."),
         (["good", "--plots", "text"], "--plots text: File exists. Name a directory"),
     ],
@@ -44,6 +51,7 @@ def test_refusals(tune, tmp_path, monkeypatch, layers, arguments, reason):
     write_trace(Path("other-model"), layers[:1], model="another")
     other = replace(layers[0], bytes_per_expert=7, totals=None)
     write_trace(Path("other-size"), [other])
+    write_trace(Path("other-policy"), [replace(layers[0], policy="lfu", totals=None)])
     status, out, err = tune(*arguments)
     assert status == 2 and out == "", out
     assert err.startswith(f"vllm-moe-prefetch: error: {reason}"), err

@@ -125,7 +125,7 @@ def scraping(server: Server, directory: Path) -> Iterator[Prometheus]:
     text = (GRAFANA / "prometheus.yml").read_text()
     here = {
         "vllm:8000": server.url.removeprefix("http://"),
-        "scrape_interval: 5s": "scrape_interval: 1s",
+        "scrape_interval: 15s": "scrape_interval: 1s",
     }
     for example, ours in here.items():
         assert text.count(f" {example}") + text.count(f'"{example}"') == 1, example

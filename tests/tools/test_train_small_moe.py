@@ -54,6 +54,8 @@ def test_a_few_steps_learn_something_and_write_a_checkpoint(tmp_path):
     """The checkpoint loads, is the same when made once more, and says what it was made
     of. In a process of its own: an engine changes how torch adds up."""
     steps = ("--steps", "12", "--batch", "4")
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "a.trace").write_text("kept")
     command = [sys.executable, "-c", TWICE, str(tmp_path), *steps, *SMALL]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -68,6 +70,7 @@ def test_a_few_steps_learn_something_and_write_a_checkpoint(tmp_path):
         before = facts["bits_per_byte_before"][domain]
         assert facts["bits_per_byte"][domain] < before - 0.1, domain
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+    assert (tmp_path / "second" / "a.trace").read_text() == "kept"
 
 
 def test_the_split_keeps_files_apart():

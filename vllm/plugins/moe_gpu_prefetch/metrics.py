@@ -15,6 +15,7 @@ load such a plugin, and its presence alone turns statistics on again under
 import functools
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,11 @@ def show(directory: Path, vllm_config: Any) -> None:
     """
     global _exposed
     if _exposed is not None:
-        REGISTRY.unregister(_exposed)
-    model_name = vllm_config.model_config.served_model_name
-    _exposed = SlotCollector(directory, model_name)
-    REGISTRY.register(_exposed)
+        with suppress(KeyError):  # another part of the process has emptied the registry
+            REGISTRY.unregister(_exposed)
+    collector = SlotCollector(directory, vllm_config.model_config.served_model_name)
+    REGISTRY.register(collector)
+    _exposed = collector
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         _join_scrapes_of_several_servers()
 
@@ -134,7 +136,9 @@ def _join_scrapes_of_several_servers() -> None:
 
     @functools.wraps(collect)
     def collect_with_slots(self: multiprocess.MultiProcessCollector) -> list[Metric]:
-        slots = [] if _exposed is None else _exposed.collect()
+        # Others may collect other processes' files with this class.
+        ours = self._path == os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        slots = _exposed.collect() if _exposed is not None and ours else []
         return [*collect(self), *slots]
 
     wrapping.install(wrapping.Wrap(collector, "collect", collect_with_slots))

@@ -186,6 +186,8 @@ def main() -> None:
         if arguments.about is not None:
             about = f"{getattr(arguments, arguments.about)}: "
         status = arguments.run(arguments)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except Exception as error:  # vLLM and transformers reject configurations, too
         first = (
             error.errors()[0]["msg"] if isinstance(error, ValidationError) else error

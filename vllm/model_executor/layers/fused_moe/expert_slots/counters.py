@@ -268,7 +268,10 @@ def read_counters(directory: Path) -> list[LayerReading]:
     readings = []
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:
         rank, at, layer = path.name.partition("@")
-        values = np.fromfile(path, dtype=np.int64).tolist()
+        try:
+            values = np.fromfile(path, dtype=np.int64).tolist()
+        except OSError:  # an engine that ends removes its files
+            continue
         if at and rank.isdecimal() and len(values) == _NUM_VALUES:
             totals = dict(zip(_FIELDS, values[:_LINK], strict=True))
             link, replica = values[_LINK] or None, bool(values[_REPLICA])

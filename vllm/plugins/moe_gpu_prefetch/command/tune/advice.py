@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
 from vllm.model_executor.layers.fused_moe.expert_slots.sizes import GIB
 from vllm.plugins.moe_gpu_prefetch.command.tune.simulate import Point
-from vllm.plugins.moe_gpu_prefetch.command.tune.speed import Speed
+from vllm.plugins.moe_gpu_prefetch.command.tune.speed import GIVEN, Speed
 from vllm.plugins.moe_gpu_prefetch.command.tune.steps import DECODE, PREFILL
 from vllm.plugins.moe_gpu_prefetch.command.tune.study import Figures, Study
 
-CLOSE = 0.05
-"""A number of slots is enough if no other predicts more than this share more tokens a
-second."""
+CLOSE, CLOSE_WITHIN_A_LIMIT = 0.05, 0.01
+"""A number of slots is enough if no other needs less time for the recorded steps by
+more than this share. Within a limit the memory is there to be used."""
 
 CLOSE_RATE = 0.01
 """The same without predictions, as a difference of hit rates."""
@@ -26,6 +26,7 @@ WORTH_A_GIB = 0.05
 """Share of tokens a second, or of loads, from which a GiB is better spent on slots."""
 
 _ENOUGH_STEPS = 200
+_FEW_PREFILLS = 0.02
 _DEFAULT = MoEPrefetchConfig(slots=1)
 
 
@@ -51,7 +52,8 @@ class NextGib:
     def on_slots(self) -> bool:
         """Whether the memory is better spent on slots."""
         gain = self.loads if self.speed is None else self.speed
-        return gain * GIB / max(GIB, self.num_bytes) >= WORTH_A_GIB
+        # A single layer's slot takes the place of its staging row, and costs nothing.
+        return gain * GIB >= WORTH_A_GIB * self.num_bytes
 
 
 class Advice:
@@ -61,18 +63,29 @@ class Advice:
         study: with the figures of `rows` for both policies of the engine.
         rows: numbers of slots that may be recommended, ascending.
         speed: for predictions; None without.
+        limit: the most slots that may be recommended; None without a limit.
 
     Attributes:
         kind: of the steps that count: those that decode, if there are any.
         predicts: whether tokens a second decide; otherwise hit rates do.
         policy: recommended: the recorded one, unless the other loads clearly less.
         slots: recommended.
-        best: of `rows`, the one with the most tokens a second, or hits.
+        best: of `rows`, the one that needs least time for all steps, or hits most.
+        close: the share of that time that another number may need more.
+        fits_whole: whether the limit has room for every expert.
         next_gib: None if every expert has a slot.
     """
 
-    def __init__(self, study: Study, rows: Sequence[int], speed: Speed | None):
+    def __init__(
+        self,
+        study: Study,
+        rows: Sequence[int],
+        speed: Speed | None,
+        limit: int | None,
+    ):
         self._study, self._speed = study, speed
+        self.close = CLOSE if limit is None else CLOSE_WITHIN_A_LIMIT
+        self.fits_whole = limit is not None and limit >= study.num_experts
         self.kind = DECODE if study.work.steps[DECODE] else PREFILL
         self.predicts = speed is not None and speed.decides
         self.policy = study.policy
@@ -86,8 +99,10 @@ class Advice:
         """The fewest slots that are close to the best of `rows`, and the best."""
         values = {slots: self._value(slots) for slots in rows}
         best = max(rows, key=lambda slots: (values[slots], -slots))
+        if best == self._study.num_experts:
+            return best, best  # stock's own layers, which load nothing
         most = values[best]
-        least = most * (1 - CLOSE) if self.predicts else most - CLOSE_RATE
+        least = most / (1 + self.close) if self.predicts else most - CLOSE_RATE
         return min(slots for slots in rows if values[slots] >= least), best
 
     @property
@@ -116,8 +131,11 @@ class Advice:
         return self._study.figures[Point(slots, policy)].loads[self.kind]
 
     def _value(self, slots: int) -> float:
-        predicted = self.tokens_per_second(slots) if self.predicts else None
-        return self.figures(slots).hit_rate if predicted is None else predicted
+        """Recorded runs a second of predicted time, or the hit rate."""
+        if not self.predicts or self._speed is None:
+            return self.figures(slots).hit_rate
+        steps, loaded = self._study.work.steps, self.figures(slots).bytes_loaded
+        return 1 / self._speed.seconds(sum(steps), sum(loaded))
 
     def _next_gib(self) -> NextGib | None:
         study, slots, policy = self._study, self.slots, self.policy
@@ -145,7 +163,7 @@ class Advice:
         num_bytes = memory(more) - memory(slots)
         known = [trace.kv_bytes_per_token for trace in study.traces]
         of_a_token = next(filter(None, known), None)
-        context = int(max(GIB, num_bytes) / of_a_token) if of_a_token else None
+        context = int(num_bytes / of_a_token) if of_a_token else None
         return NextGib(more - slots, num_bytes, loads, speed, context)
 
     @property
@@ -172,6 +190,13 @@ class Advice:
             yield (
                 f"{lost:,} steps of layers are missing, so hit rates are estimates: "
                 "what they needed is not known."
+            )
+        derived = self._speed is not None and self._speed.step_time_from != GIVEN
+        if self.predicts and derived and prefill > _FEW_PREFILLS * decode:
+            yield (
+                "The step time is the mean of steps that decode and of steps that read "
+                "prompts, which take longer. Give that of decode steps: --step-time "
+                "12ms."
             )
         if not decode:
             yield "No step only decodes. All figures are of steps that read prompts."

@@ -19,6 +19,7 @@ def add_parser(commands: Any) -> None:
     """Adds the subcommand to what `add_subparsers` returned."""
     parser = commands.add_parser(
         "tune",
+        formatter_class=argparse.HelpFormatter,
         usage="vllm-moe-prefetch tune TRACE [TRACE ...] [options]",
         help="how many slots and which policy a recorded trace asks for",
     )

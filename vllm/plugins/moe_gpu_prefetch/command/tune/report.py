@@ -12,7 +12,6 @@ from rich.table import Table
 
 from vllm.model_executor.layers.fused_moe.expert_slots.sizes import GIB, gib
 from vllm.plugins.moe_gpu_prefetch.command.tune.advice import (
-    CLOSE,
     CLOSE_RATE,
     WORTH_A_GIB,
     Advice,
@@ -42,6 +41,7 @@ class Answer:
         ranks: all that have a trace.
         rows: numbers of slots.
         limit: the most that may be recommended; None without a limit.
+        given: whether the rows are those of --slots.
         speed: None without predictions.
         checks: a sentence for each trace.
     """
@@ -50,6 +50,7 @@ class Answer:
     ranks: list[int]
     rows: Sequence[int]
     limit: int | None
+    given: bool
     speed: Speed | None
     advice: Advice
     checks: list[str]
@@ -77,6 +78,7 @@ class Answer:
                 speeds[name] = speed.tokens_per_second(work, loaded[each], each)
         return {
             "hit_rate": figures.hit_rate,
+            "decode_hit_rate": figures.hits[DECODE] / max(1, figures.needed[DECODE]),
             "loads_per_token": figures.loads[kind] / work.tokens[kind],
             "bytes_per_token": figures.bytes_loaded[kind] / work.tokens[kind],
             "staged_share": figures.staged_share,
@@ -84,6 +86,12 @@ class Answer:
             **speeds,
             "totals": figures.totals,
         }
+
+    def _experts_per_step(self) -> float | None:
+        """Distinct experts that a decode step of a layer needs; None without any."""
+        steps = self.study.work.steps[DECODE] * len(self.study.layers)
+        needed = next(iter(self.study.figures.values())).needed[DECODE]
+        return needed / steps if steps else None
 
     def as_dict(self) -> dict[str, Any]:
         """The answer for programs."""
@@ -103,6 +111,7 @@ class Answer:
             "decode": {
                 "steps": study.work.steps[DECODE],
                 "tokens": study.work.tokens[DECODE],
+                "experts_per_layer_and_step": self._experts_per_step(),
             },
             "prefill": {
                 "steps": study.work.steps[PREFILL],
@@ -133,6 +142,7 @@ class Answer:
 def print_answer(answer: Answer) -> None:
     """Prints the answer for people. The last line is the flag to use."""
     console = Console(highlight=False, markup=False, emoji=False)
+    # A table that is wider than the terminal would lose columns.
     console.width = max(console.width, 100)
     study, advice, speed = answer.study, answer.advice, answer.speed
     work = study.work
@@ -227,32 +237,46 @@ def _number(value: float | None, scale: float, digits: int) -> str:
 def reasons(answer: Answer) -> Iterator[str]:
     """Why this is recommended, in sentences."""
     study, advice = answer.study, answer.advice
-    slots, best = advice.slots, advice.best
-    within = "the limit" if answer.limit else "the table"
+    slots, best, experts = advice.slots, advice.best, study.num_experts
+    if slots == experts and answer.limit is not None:
+        yield (
+            f"All {experts} experts of a layer fit the limit. Serve without "
+            "--moe-gpu-prefetch, which is the same."
+        )
+        return
+    within = f"with fewer than {experts} slots"
+    if answer.limit is not None:
+        within = "within the limit"
+    if answer.given:
+        within = "of the numbers that were given"
     if advice.predicts:
         predicted = advice.tokens_per_second(slots) or 0.0
         most = advice.tokens_per_second(best) or 0.0
         of = "" if advice.kind == DECODE else " of prompts"
         yield f"{slots} slots a layer: {predicted:,.1f} tokens/s{of} are predicted."
-        rule = f"within {CLOSE:.0%} of"
+        rule = f"whose time for all steps is within {advice.close:.0%} of the least"
         figure = f"{most:,.1f} tokens/s"
     else:
         yield (
             f"{slots} slots a layer: {advice.figures(slots).hit_rate:.1%} of the "
             "needed experts are hits."
         )
-        rule = f"within {CLOSE_RATE * 100:.0f} point of"
+        rule = f"whose hits are within {CLOSE_RATE * 100:.0f} point of the most"
         figure = f"{advice.figures(best).hit_rate:.1%}"
     if best == slots:
-        yield f"That is the most within {within}, and fewer slots are not close to it."
+        yield f"That is the most {within}, and fewer slots are not close to it."
     else:
         more = study.slot_bytes(best) - study.slot_bytes(slots)
         yield (
-            f"That is the fewest {rule} the most within {within}: {best} slots take "
-            f"{gib(more)} more for {figure}."
+            f"That is the fewest {rule} {within}: {best} slots take {gib(more)} "
+            f"more for {figure}."
         )
-    if answer.limit is None:
-        yield "Set a limit with --budget SIZE or --max-slots N."
+    if answer.limit is None and slots < experts:
+        yield (
+            f"All {experts} experts take {gib(study.slot_bytes(experts))}: if that "
+            "fits, serve without --moe-gpu-prefetch. Set a limit with --budget SIZE or "
+            "--max-slots N."
+        )
     yield _policy(answer)
     if advice.next_gib is not None:
         yield _next_gib(answer)
@@ -277,7 +301,7 @@ def _policy(answer: Answer) -> str:
 def _next_gib(answer: Answer) -> str:
     more = answer.advice.next_gib
     assert more is not None
-    memory = "One GiB more" if more.num_bytes <= GIB else f"{gib(more.num_bytes)} more"
+    memory = f"{gib(more.num_bytes)} more"
     gain = f"{more.loads:.1%} fewer loads"
     if more.speed is not None:
         gain += f", {more.speed:.1%} more tokens/s"

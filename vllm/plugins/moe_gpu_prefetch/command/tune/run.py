@@ -4,6 +4,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 from vllm.model_executor.layers.fused_moe.expert_slots.sizes import gib
@@ -44,7 +45,7 @@ def tune(arguments: argparse.Namespace) -> int:
             figures.totals["bytes_loaded"] for figures in study.figures.values()
         ),
     )
-    limit = _limit(study, arguments)
+    limit = _limit(ranks, arguments)
     rows = _rows(study, arguments.slots, limit)
     allowed = [
         slots
@@ -58,9 +59,10 @@ def tune(arguments: argparse.Namespace) -> int:
         )
     study.run(Point(slots, policy) for slots in rows for policy in POLICIES)
     speed = speed_of(study.traces, arguments.link, arguments.step_time)
-    advice = Advice(study, allowed or rows, speed)
+    advice = Advice(study, allowed or rows, speed, limit)
     of_ranks = [each.rank for each in ranks]
-    answer = Answer(study, of_ranks, rows, limit, speed, advice, checks)
+    given = arguments.slots is not None
+    answer = Answer(study, of_ranks, rows, limit, given, speed, advice, checks)
     if arguments.plots is not None:
         drawn = plots.draw(answer, arguments.plots, arguments.format or "svg")
     if arguments.json:
@@ -72,40 +74,54 @@ def tune(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _limit(study: Study, arguments: argparse.Namespace) -> int | None:
-    """The most slots that may be recommended; None without a limit.
+def _limit(ranks: Sequence[Study], arguments: argparse.Namespace) -> int | None:
+    """The most slots that may be recommended; None without a limit. All ranks have the
+    same number, so the one with most to hold decides.
 
     Raises:
         MoEPrefetchError: it is below the fewest slots that a layer can have.
     """
-    least, limit = study.top_k, arguments.max_slots
+    least = max(study.top_k for study in ranks)
+    most = max(study.num_experts for study in ranks)
+    limit = arguments.max_slots
     if limit is not None and limit < least:
         raise MoEPrefetchError(
             f"--max-slots {limit}: a layer has at least {least} slots, the router's "
             "top-k."
         )
     if arguments.budget is not None:
-        fitting = [
-            slots
-            for slots in range(least, study.num_experts + 1)
-            if study.slot_bytes(slots) + study.staging_bytes(slots) <= arguments.budget
-        ]
+
+        def memory(slots: int) -> int:
+            return max(
+                study.slot_bytes(slots) + study.staging_bytes(slots) for study in ranks
+            )
+
+        fitting = [n for n in range(least, most + 1) if memory(n) <= arguments.budget]
         if not fitting:
-            needed = study.slot_bytes(least) + study.staging_bytes(least)
             raise MoEPrefetchError(
                 f"--budget {gib(arguments.budget)}: {least} slots a layer, the fewest, "
-                f"take {gib(needed)} with staging. Give more, or serve a smaller model."
+                f"take {gib(memory(least))} with staging. Give more, or serve a "
+                "smaller model."
             )
         limit = max(fitting)
-    return None if limit is None else min(limit, study.num_experts)
+    return None if limit is None else min(limit, most)
 
 
 def _rows(study: Study, given: list[int] | None, limit: int | None) -> list[int]:
-    """The numbers of slots of the table."""
-    numbers = default_rows(study) if given is None else given
-    if limit is not None and given is None:
-        numbers = [*numbers, limit]
-    return sorted({min(study.num_experts, max(study.top_k, n)) for n in numbers})
+    """The numbers of slots of the table.
+
+    Raises:
+        MoEPrefetchError: a layer cannot have so many, or so few.
+    """
+    if given is None:
+        return sorted({*default_rows(study), *([] if limit is None else [limit])})
+    for slots in given:
+        if not study.top_k <= slots <= study.num_experts:
+            raise MoEPrefetchError(
+                f"--slots {slots}: a layer has {study.top_k} slots, the router's "
+                f"top-k, to {study.num_experts}, one for each expert."
+            )
+    return sorted(set(given))
 
 
 def default_rows(study: Study) -> list[int]:

@@ -19,6 +19,10 @@ _MEASURED_BYTES = 64 << 20
 _UNKNOWN = "an upper bound for speeds, because the trace "
 
 
+GIVEN = "given"
+"""Where a figure is from: the command line."""
+
+
 @dataclass(frozen=True)
 class Speed:
     """What predictions are made of.
@@ -74,7 +78,7 @@ def speed_of(
         None if no link is known.
     """
     measured = [trace.link for trace in traces if trace.link]
-    link_from = "given"
+    link_from = GIVEN
     if link is None and measured:
         link, link_from = min(measured), "measured when the trace was recorded"
     if link is None:
@@ -82,7 +86,7 @@ def speed_of(
     if link is None:
         return None
     if step_time is not None:
-        return Speed(link, link_from, step_time, "given")
+        return Speed(link, link_from, step_time, GIVEN)
     return Speed(link, link_from, *_recorded_step_time(traces, link))
 
 

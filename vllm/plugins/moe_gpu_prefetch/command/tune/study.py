@@ -33,12 +33,14 @@ class Figures:
 
     Attributes:
         totals: the engine's, of all steps.
-        loads: of the steps of each kind.
+        needed, hits, loads: of the steps of each kind.
         bytes_loaded: of the steps of each kind.
         hit_rates: [layers] float, of each layer.
     """
 
     totals: dict[str, int]
+    needed: tuple[int, int]
+    hits: tuple[int, int]
     loads: tuple[int, int]
     bytes_loaded: tuple[int, int]
     hit_rates: np.ndarray
@@ -107,9 +109,8 @@ class Study:
 
     @property
     def recorded(self) -> list[int]:
-        """Slots of the runs, as their first layers had them."""
-        first = self.layers[0].name
-        return sorted({each.layer.num_slots for each in self._runs_of[first]})
+        """Slots of the runs. A layer with few experts may have had fewer."""
+        return sorted({max(s.layer.num_slots for s in r.values()) for r in self.runs})
 
     @property
     def policy(self) -> str:
@@ -157,6 +158,8 @@ class Study:
 
         return Figures(
             {name: sum(layer[name] for layer in both) for name in both[0]},
+            each_kind("needed"),
+            each_kind("hits"),
             each_kind("loads"),
             each_kind("bytes_loaded"),
             np.array([layer["hits"] / layer["needed"] for layer in both]),
@@ -178,6 +181,9 @@ def studies(paths: Sequence[Path]) -> list[Study]:
     Raises:
         MoEPrefetchError: a file cannot be used, or they are not of one model.
     """
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice is not None:
+        raise MoEPrefetchError(f"{twice} is named twice. Name each file once.")
     traces = [Trace.read(path) for path in paths]
     for trace in traces:
         if not any(len(layer.steps) for layer in trace.layers):
@@ -199,7 +205,22 @@ def studies(paths: Sequence[Path]) -> list[Study]:
                 f"{trace.path} and {first.path} have other layers or experts, though "
                 f"both are of {trace.model}. Tune one of the two at a time."
             )
-    return [Study(of_rank) for of_rank in ranks.values()]
+        if _policy_of(trace) != _policy_of(traces[0]):
+            raise MoEPrefetchError(
+                f"{trace.path} was recorded with {_policy_of(trace)}, and "
+                f"{traces[0].path} with {_policy_of(traces[0])}. Tune one of the two "
+                "at a time."
+            )
+    made = [Study(of_rank) for of_rank in ranks.values()]
+    if not all(any(study.work.steps) for study in made):
+        raise MoEPrefetchError("the traces have too few steps. Record some hundred.")
+    return made
+
+
+def _policy_of(trace: Trace) -> str:
+    """In words; with the half-life, which the simulation of `lfu` takes."""
+    layer = trace.layers[0]
+    return f"{layer.policy}, half-life {layer.lfu_half_life}"
 
 
 def _experts_of(trace: Trace) -> list[tuple[str, int, int, float, int]]:
