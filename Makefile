@@ -69,10 +69,13 @@ test-rows: $(READY)
 test-kernels: $(READY)
 	TRITON_INTERPRET=1 $(PYTEST) tests/cuda; cuda=$$?; $(PYTEST) tests/ptx && exit $$cuda
 
-# Quantised checkpoints are written by transformers, whose classes the transformers
-# backend changes for good: a process of their own.
+# Two have processes of their own. Quantised checkpoints are written by transformers, whose
+# classes the transformers backend changes for good. And vLLM's CPU worker looks at every
+# object of every module as it starts, and fails at one of numba's compiler.
 test-memory: $(READY)
-	$(PYTEST) tests/weights tests/shared_store tests/capacity tests/trace; memory=$$?; $(PYTEST) tests/quantised && exit $$memory
+	$(PYTEST) tests/weights tests/shared_store tests/capacity tests/trace; memory=$$?; \
+	$(PYTEST) tests/simulation; simulation=$$?; \
+	$(PYTEST) tests/quantised && exit $$((memory + simulation))
 
 test-endurance: $(READY)
 	$(PYTEST) tests/endurance

@@ -57,8 +57,8 @@ _SCALARS = {
 
 
 def variants() -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Name, kernel and constants of each compilation: small and large, with and without
-    a map, with and without rows that are no multiple of 16 bytes."""
+    """Name, kernel and constants of each compilation: small and large, with a map and a
+    trace and without, with and without rows that are no multiple of 16 bytes."""
     for experts, slots, top_k in (
         (32, 8, 4),
         (128, 64, 8),
@@ -70,7 +70,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any]]]:
                 name = f"plan E={experts} N={slots} top-{top_k}, {policy}"
                 constants = plan_constants(experts, slots, policy, 128, traced=has_map)
                 constants |= {"TOP_K": top_k, "HAS_PADDING": True, "HAS_MAP": has_map}
-                yield name + ", map" * has_map, plan_kernel, constants
+                yield name + ", map, traced" * has_map, plan_kernel, constants
     for all_wide in (True, False):
         name = "gather" if all_wide else "gather, narrow rows"
         yield name, gather_kernel, gather_constants(288, all_wide)

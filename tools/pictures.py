@@ -22,9 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.policies.replay import Needs, Rule
 from benchmarks.routing.odds import STRATEGIES, stream
-from benchmarks.routing.published import rate
 from tools.sizing_table import OPTIONS, write
 from tools.svg import BLUE, CARD, EDGE, GREEN, GREY, ORANGE, QUIET, RED, WIDTH, Canvas
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import (
@@ -119,6 +117,10 @@ def memory() -> str:
 
 def hit_rates() -> str:
     """Lines: the hit rate by N, simulated. Rings: published rates of a real model."""
+    # They import numba's compiler, which other pictures do not need.
+    from benchmarks.policies.replay import Needs, Rule
+    from benchmarks.routing.published import rate
+
     title = f"Hit rate by slots per MoE layer, N, of {EXPERTS} experts, top-{TOP_K}"
     canvas = Canvas(424, title)
     base, width, height = 360, 460, 290

@@ -35,7 +35,7 @@ RUN_BY = {
     r"vllm moe-prefetch plan": NOT_RUN + "its name in vLLM's own tree",
     r"vllm-moe-prefetch plan.*": "capacity/test_plan_elsewhere.py::test_what_it_counts",
     r"vllm-moe-prefetch tune.*": (
-        "plugin/test_tune_command.py::test_the_table_and_the_flag"
+        "simulation/test_tune_command.py::test_the_table_and_the_flag"
     ),
     r"vllm-moe-prefetch stores.*": (
         "shared_store/test_store.py::test_the_command_lists_and_removes"
@@ -44,7 +44,7 @@ RUN_BY = {
         "benchmarks/test_bench.py::test_what_slots_cost"
     ),
     r"python -m benchmarks\.cpu\.tune.*": (
-        "plugin/test_tune_simulation.py::test_the_benchmark"
+        "simulation/test_tune_simulation.py::test_the_benchmark"
     ),
     r"python -m benchmarks\.cpu\.loading.*": (
         "benchmarks/test_bench.py::test_what_loading_costs"
@@ -52,8 +52,8 @@ RUN_BY = {
     r"python -m benchmarks\.cpu\.endurance.*": (
         "endurance/test_endurance.py::test_a_minute_under_load"
     ),
-    r"python -m benchmarks\.routing": "benchmarks/test_routing.py::test_the_command",
-    r"python -m benchmarks\.policies": "benchmarks/test_policies.py::test_the_command",
+    r"python -m benchmarks\.routing": "simulation/test_routing.py::test_the_command",
+    r"python -m benchmarks\.policies": "simulation/test_policies.py::test_the_command",
     r"python -m benchmarks\.gpu\.proof.*": (
         "benchmarks/test_proof.py::test_help_and_the_refusal_without_a_gpu"
     ),

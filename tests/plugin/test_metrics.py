@@ -5,6 +5,7 @@ without an engine. With engines: `engine/test_engine.py`, `engine/test_server.py
 `compatibility/test_layouts.py`, `examples/test_grafana.py`."""
 
 import logging
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -114,10 +115,16 @@ def scraped():
 @pytest.fixture
 def shown(monkeypatch):
     """After the test this process's registry is as it was before."""
+    before = metrics._exposed
+    if before is not None:
+        with suppress(KeyError):
+            metrics.REGISTRY.unregister(before)
     monkeypatch.setattr(metrics, "_exposed", None)
     yield
     if metrics._exposed is not None:
         metrics.REGISTRY.unregister(metrics._exposed)
+    if before is not None:
+        metrics.REGISTRY.register(before)
 
 
 def test_the_route_shows_the_newest_engine_of_a_process(tmp_path, monkeypatch, shown):

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from tests.plugin.conftest import EXPERTS, MILLION, recorded
+from tests.simulation.conftest import EXPERTS, MILLION, recorded
 from tests.support.traces import counted, layer_of, write_trace
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import Ranking
 from vllm.model_executor.layers.fused_moe.expert_slots.trace.reading import Trace
