@@ -141,15 +141,16 @@ def throughput(
     return table
 
 
-def decision_microseconds(tokens: int, policy: str, steps: int) -> float:
+def decision_microseconds(tokens: int, policy: str, traced: bool, steps: int) -> float:
     """Median cost of one layer's decision and remap, without the loads; E=128, top-8,
-    N=64.
+    N=64; and of its record in a trace.
 
     The routing of a step repeats three quarters of the last one's, as real routing
     does."""
     experts, slots, top_k = 128, 64, 8
     store = ExpertStore({"w13_weight": torch.zeros(experts, 1)})
-    config = MoEPrefetchConfig(slots=slots, policy=policy)
+    trace = "not written" if traced else None
+    config = MoEPrefetchConfig(slots=slots, policy=policy, trace=trace)
     manager = CPUSlotManager(config, ExpertRows(store, slots, CPUMemory()))
     generator = torch.Generator().manual_seed(0)
     ids = (
@@ -176,9 +177,10 @@ def decisions(steps: int) -> Table:
         "median)"
     )
     table = Table("policy", *(f"{n} tokens" for n in sizes), title=title, min_width=60)
-    for policy in ("lru", "lfu"):
-        costs = [decision_microseconds(tokens, policy, steps) for tokens in sizes]
-        table.add_row(policy, *(f"{cost:.0f}" for cost in costs))
+    for policy, traced in (("lru", False), ("lfu", False), ("lfu", True)):
+        costs = [decision_microseconds(n, policy, traced, steps) for n in sizes]
+        name = f"{policy}, traced" if traced else policy
+        table.add_row(name, *(f"{cost:.0f}" for cost in costs))
     return table
 
 

@@ -19,7 +19,7 @@ def printed(module: str, *options: str) -> str:
 def test_what_slots_cost():
     small = ("--rounds", "2", "--tokens", "4", "--steps", "20")
     output = printed("benchmarks.cpu.overhead", *small)
-    for policy in ("lru", "lfu"):
+    for policy in ("lru", "lfu", "lfu, traced"):
         assert f"│ {policy} " in output
     for batch in (1, 8):
         assert f"batch of {batch} " in output
