@@ -228,7 +228,14 @@ def test_missing_steps(tune, tmp_path, layers):
 
 
 def test_what_makes_a_trace_poor(tune, tmp_path):
-    """Few steps, mostly prompts, and only prompts, whose speed is then predicted."""
+    """Few steps, mostly prompts, and only prompts, whose speed is then predicted. And
+    a step time that is the mean of both kinds."""
+    timed = [recorded("a", 0)]
+    path = write_trace(tmp_path / "timed", timed, busy_seconds=10.0)
+    [warning] = answer(tune, path, "--link", "1GB/s")["recommendation"]["warnings"]
+    assert warning.startswith("The step time is the mean of steps that decode and")
+    given = answer(tune, path, "--link", "1GB/s", "--step-time", "9ms")
+    assert given["recommendation"]["warnings"] == []
     short = recorded("a", 0, steps=41)
     few = write_trace(tmp_path / "few", [short])
     [warning] = answer(tune, few)["recommendation"]["warnings"]
