@@ -11,7 +11,6 @@ import pytest
 
 from benchmarks import results
 from benchmarks.gpu import engine, proof, serving
-from benchmarks.routing.published import MODELS
 from tests.support import ROOT
 
 
@@ -46,7 +45,6 @@ keep_triton()
 from benchmarks.gpu import memory as memory_checks
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.machine import Machine
-from benchmarks.routing.published import MODELS
 from tests.support.fake_driver import FakeDriver, device_memory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.driver import Driver
 
@@ -117,6 +115,10 @@ def test_a_failed_check_ends_all_and_sets_the_status(tmp_path, monkeypatch, caps
     assert "passed" in capsys.readouterr().out
 
 
+UNION = 23.1
+"""Experts that eight sequences of Qwen1.5-MoE need: `unions` of
+benchmarks/routing/published.py, whose import compiles."""
+
 REQUEST = {
     **{"model": serving.TINY | {"experts": 60}, "tokens": 4},
     **{"routing": "topics-qwen1.5", "batches": [2, 8]},
@@ -140,8 +142,7 @@ def test_an_engine_measures_and_its_rows_compare_with_stock():
         and measured["prefill"]["24"]["staged"] > 0
     )
     together = measured["decode"]["8"]
-    union = MODELS[REQUEST["routing"]].unions[8]
-    assert together["needed"] / together["steps"] == pytest.approx(union, rel=0.08)
+    assert together["needed"] / together["steps"] == pytest.approx(UNION, rel=0.08)
     assert measured["tokens_per_s"] > 0
     rate = 1e6
     rows = serving.speed_rows("N = 8", "topics", measured, measured, rate)

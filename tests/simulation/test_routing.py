@@ -13,6 +13,7 @@ from benchmarks.routing import published
 from benchmarks.routing.odds import STRATEGIES, draw, stream
 from benchmarks.routing.strategy import Rows
 from tests.benchmarks.test_bench import printed
+from tests.benchmarks.test_proof import UNION
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,10 @@ def test_published_figures(name):
     for what, value in published.figures(model).items():
         tolerance = {"abs": 0.03} if value < 1 else {"rel": 0.08}
         assert ours[what] == pytest.approx(value, **tolerance), what
+
+
+def test_the_union_that_the_proof_is_tested_with():
+    assert published.MODELS["topics-qwen1.5"].unions[8] == UNION
 
 
 def test_uniform_routing():
