@@ -208,9 +208,10 @@ def test_the_recording_ends_at_its_limit(tmp_path, caplog, monkeypatch):
     """The counters are those after the last step that was written."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     recorded = Recorded(tmp_path / "a.trace", limit=4000)
-    while recorded.recorder.recording:
+    for _ in range(100):
         recorded.steps(20)
         recorded.flush()
+    assert not recorded.recorder.recording
     recorded.steps(5)
     recorded.recorder.close()
     trace = Trace.read(recorded.path)
