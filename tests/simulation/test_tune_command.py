@@ -113,36 +113,6 @@ def test_the_recommendation(tune, trace, layers):
     assert "lfu loads" in " ".join(advice["reason"]) and advice["warnings"] == []
 
 
-def test_where_every_expert_fits_no_slots_are_advised(tune, trace):
-    """They would only cost what they save."""
-    found = answer(tune, trace, "--budget", "1GiB", "--link", "1GB/s")
-    advice = found["recommendation"]
-    assert advice["slots"] == EXPERTS == advice["limit"]
-    assert advice["reason"] == [
-        "All 16 experts of a layer fit the limit. Serve without --moe-gpu-prefetch, "
-        "which is the same."
-    ]
-
-
-def test_a_budget_is_that_of_the_rank_with_most_to_hold(tune, tmp_path, layers):
-    """Not that of the rank that loads most."""
-    paths = [
-        write_trace(tmp_path / "busy", layers, rank=0),
-        write_trace(
-            tmp_path / "large",
-            [
-                replace(each, bytes_per_expert=5 * MILLION, totals=None)
-                for each in layers[:2]
-            ],
-            rank=1,
-        ),
-    ]
-    slots = answer(tune, *paths, "--budget", "100MB")["recommendation"]["limit"]
-    for each, fits in ((slots, True), (slots + 1, False)):
-        large = (2 * each + EXPERTS - each) * 5 * MILLION
-        assert (large <= 100 * MILLION) == fits
-
-
 def test_the_policy_stays_where_little_is_gained(tune, tmp_path):
     """Uniform routing: both load the same, but for chance."""
     random = np.random.default_rng(0)
