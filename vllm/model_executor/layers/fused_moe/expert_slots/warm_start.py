@@ -13,7 +13,6 @@ line.
 
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -33,6 +32,9 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 
 from vllm.model_executor.layers.fused_moe.expert_slots.backend import SlotManager
+from vllm.model_executor.layers.fused_moe.expert_slots.background import (
+    BackgroundThread,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.decisions.policy import Ranking
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.format import key_of
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.identity import (
@@ -51,10 +53,6 @@ WARM_START = "warm_start"
 INTERVAL_S, IDLE_S = 300.0, 5.0
 """Seconds between two writes under load; seconds without a step after which the worker
 writes."""
-
-_PATIENCE_S = 10.0
-"""Seconds that the worker's end waits for a write that has begun. The disk or the GPU
-may hang."""
 
 MAX_BYTES = 1 << 24
 """Size from which a file is not read. A hundred layers of 512 experts take 1.5 MB."""
@@ -257,15 +255,12 @@ class ResidentsKeeper:
         self._file, self._managers = file, managers
         self._rankings: dict[str, Ranking] = {}
         self._steps = 0
-        self._closed = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, name="expert-residents", daemon=True
-        )
+        self._thread = BackgroundThread("expert-residents", self._run)
         self._thread.start()
 
     def _run(self) -> None:
         seen, due = self._steps, time.monotonic() + INTERVAL_S
-        while not self._closed.wait(IDLE_S):
+        while self._thread.pause(IDLE_S):
             before, seen = seen, self._count()
             if seen == before or time.monotonic() >= due:
                 self.write()
@@ -295,10 +290,5 @@ class ResidentsKeeper:
 
     def close(self) -> None:
         """Writes for the last time. A second call changes nothing."""
-        self._closed.set()
-        # The thread itself gets here if it garbage-collects a dropped engine.
-        if self._thread is not threading.current_thread():
-            self._thread.join(_PATIENCE_S)
-            if self._thread.is_alive():
-                return
-        self.write()
+        if self._thread.end():
+            self.write()

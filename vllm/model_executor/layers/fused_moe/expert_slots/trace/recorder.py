@@ -3,7 +3,6 @@
 """Writes the steps of a worker's layers to a trace file."""
 
 import os
-import threading
 import time
 import zlib
 from collections.abc import Mapping
@@ -13,6 +12,9 @@ from typing import Literal
 import numpy as np
 from vllm.logger import init_logger
 
+from vllm.model_executor.layers.fused_moe.expert_slots.background import (
+    BackgroundThread,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.counters import (
     TOTALS,
     SlotCounters,
@@ -37,9 +39,6 @@ FLUSH_S = 5.0
 IDLE_S = 1.0
 """Seconds without a new step after which the engine is idle. Shorter pauses are taken
 for slow steps."""
-
-_PATIENCE_S = 10.0
-"""Seconds that the worker's end waits for a write that has begun."""
 
 _LAST_FRAME = 64
 """Bytes that are kept for the last frame."""
@@ -157,10 +156,7 @@ class TraceRecorder:
         self._changed = -np.inf  # when a step was counted last
         first = format.frame(format.HEADER, header.model_dump_json().encode())
         self._write(format.MAGIC + first)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, name="expert-trace", daemon=True
-        )
+        self._thread = BackgroundThread("expert-trace", self._run)
         self._thread.start()
 
     @property
@@ -170,7 +166,7 @@ class TraceRecorder:
     def _run(self) -> None:
         flushed, idle = time.monotonic(), False
         try:
-            while self.recording and not self._closed.wait(POLL_S):
+            while self.recording and self._thread.pause(POLL_S):
                 self._look()
                 now = time.monotonic()
                 was_idle, idle = idle, now > self._changed + IDLE_S
@@ -240,13 +236,7 @@ class TraceRecorder:
 
     def close(self) -> None:
         """Writes what is pending and ends the file. A second call changes nothing."""
-        self._closed.set()
-        # The thread itself gets here if it garbage-collects a dropped engine.
-        if self._thread is not threading.current_thread():
-            self._thread.join(_PATIENCE_S)
-            if self._thread.is_alive():
-                return
-        if not self.recording:
+        if not (self._thread.end() and self.recording):
             return
         try:
             if self._look():
