@@ -92,6 +92,21 @@ def test_options_without_the_flag_are_refused(parse, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["policy=lru", "lfu_half_life=9"], "9 has no effect with policy lru"),
+        (["trace_limit=2MiB"], "2MiB has no effect without trace. Add trace FILE"),
+    ],
+)
+def test_an_option_without_effect_is_refused(parse, capsys, arguments, message):
+    options = [f"--moe-gpu-prefetch-config.{argument}" for argument in arguments]
+    with pytest.raises(SystemExit):
+        parse("--moe-gpu-prefetch", "8", *options)
+    assert message in capsys.readouterr().err
+    parse("--moe-gpu-prefetch", "8", *options[:-1])
+
+
 def test_options_take_json_and_dotted_keys_and_reach_the_config(parse):
     """Both spellings end in the same additional_config, and so in the compile-cache
     key."""

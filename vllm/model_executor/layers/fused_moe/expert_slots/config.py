@@ -168,13 +168,23 @@ class MoEPrefetchConfig:
                 "--moe-gpu-prefetch."
             )
         try:
-            return cls(slots=slots, **options)  # type: ignore[call-arg]
+            made = cls(slots=slots, **options)  # type: ignore[call-arg]
         except ValidationError as error:
             reasons = "; ".join(
                 f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}"
                 for e in error.errors()
             )
             raise MoEPrefetchError(f"--moe-gpu-prefetch-config: {reasons}") from None
+        for option, used, where, way in (
+            ("lfu_half_life", made.policy == "lfu", "with policy lru", "policy lfu"),
+            ("trace_limit", made.trace is not None, "without trace", "trace FILE"),
+        ):
+            if not used and getattr(made, option) != getattr(cls, option):
+                raise MoEPrefetchError(
+                    f"--moe-gpu-prefetch-config.{option} {options[option]} has no "
+                    f"effect {where}. Add {way}, or drop it."
+                )
+        return made
 
 
 _OPTIONS = [field.name for field in fields(MoEPrefetchConfig) if field.name != "slots"]  # type: ignore[arg-type]
