@@ -11,6 +11,7 @@ results/DATE-DEVICE/environment.json   date, commit, device, link, versions
 import argparse
 import itertools
 import json
+import os
 import platform
 import re
 import subprocess
@@ -43,10 +44,12 @@ def environment() -> dict[str, str]:
     query = f"--query-gpu={','.join(fields)}"
     answer = _output("nvidia-smi", query, "--format=csv,noheader") if gpu else ""
     driver, generation, width = (answer.splitlines() or ["none,,"])[0].split(",")
-    changed = " with changes" if _output("git", "status", "--porcelain") else ""
+    status = ("git", "status", "--porcelain", ".", f":!{RESULTS.relative_to(ROOT)}")
+    head = ("git", "rev-parse", "--short", "HEAD")
+    changed = " with changes" if _output(*status) else ""
     return {
         "date": date.today().isoformat(),
-        "commit": (_output("git", "rev-parse", "--short", "HEAD") or "unknown")
+        "commit": (_output(*head) or os.environ.get("RESULTS_COMMIT", "unknown"))
         + changed,
         "device": torch.cuda.get_device_name() if gpu else "CPU",
         "driver": driver.strip(),

@@ -19,6 +19,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from importlib.metadata import Distribution
+from itertools import chain
 from pathlib import Path
 from sysconfig import get_paths
 
@@ -37,8 +38,10 @@ _COMPILED = re.compile(r".*\.so|vllm/vllm-rs.*")
 
 
 def installed() -> str:
-    """The version of the environment's own vLLM, like "0.32.0+cpu"."""
-    return next(iter(Distribution.discover(name="vllm", path=[str(PACKAGES)]))).version
+    """The version of the environment's own vLLM, like "0.32.0+cpu"; if it has none, of
+    the one that is first on the path."""
+    own = Distribution.discover(name="vllm", path=[str(PACKAGES)])
+    return next(chain(own, Distribution.discover(name="vllm"))).version
 
 
 def release(version: str) -> Path:

@@ -2,15 +2,15 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """One engine in a process of its own, so that the next engine finds the memory free.
 
-Usage: python -m benchmarks.gpu.engine REQUEST, a JSON object of `serving.py`. The last
-line of the output is what was measured, as JSON.
+Usage: python -m benchmarks.gpu.engine REQUEST FILE. The request is a JSON object, as
+`run_engines` gets it. What was measured is written to the file, as JSON.
 """
 
 import functools
-import gc
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -21,40 +21,65 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.watch import parts_of, watch_loading
 from benchmarks.results import Row
+from benchmarks.routing.odds import STRATEGIES, draw
 from benchmarks.routing.strategy import register
 from tests.support import ROOT
 
 WORK = ROOT / ".demo" / "gpu_proof"
+LOGS = WORK / "logs"
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
 }
+LOGGED = 20
+"""Lines of a failed engine's log that are printed."""
+
+ERROR = re.compile(r"(\[rank\d+\]:\s*)?[\w.]*(Error|Exception)\b")
+"""How the line of a log begins that says why a process ended."""
+
+DRAWN = 1 << 24
+"""Values of a dummy tensor in host memory that are drawn. The rest are copies."""
+
 COUNTED = (
     *("needed", "hits", "loads", "bytes_loaded", "staged", "staged_steps"),
     *("overflow_steps", "steps"),
 )
 
 
-def run_engine(request: Row) -> Row:
-    """What one engine measured, or under "failed" the last line of its log."""
-    environment = ENVIRONMENT | dict(os.environ)
+def run_engine(request: Row, seconds: float = 480) -> Row:
+    """What one engine measured within so many seconds, or under "failed" the error. Its
+    log is kept in `LOGS`."""
+    environment = ENVIRONMENT | dict(os.environ) | request.get("environment", {})
     if "routing" in request:
         environment["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] = request["routing"]
-    process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu.engine", json.dumps(request)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        timeout=480,
-    )
-    if process.returncode == 0:
-        return json.loads(process.stdout.splitlines()[-1])
-    lines = [line for line in process.stderr.splitlines() if line.strip()]
-    return {"failed": (lines or ["no output"])[-1][:300]}
+    LOGS.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^A-Za-z0-9]+", "-", request.get("name", "engine"))
+    answer, log = LOGS / f"{name}.json", LOGS / f"{name}.log"
+    answer.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.gpu.engine", json.dumps(request)]
+    why = ""
+    with log.open("w") as file:
+        try:
+            subprocess.run(
+                [*command, str(answer)],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=ROOT,
+                timeout=seconds,
+            )
+        except subprocess.TimeoutExpired:
+            why = f"no answer within {seconds:.0f} s"
+    if answer.exists():  # however the process ended afterwards
+        return json.loads(answer.read_text())
+    lines = [line for line in log.read_text().splitlines() if line.strip()]
+    print(*lines[-LOGGED:], sep="\n")
+    errors = [line for line in lines if ERROR.match(line)]
+    return {"failed": (why or (errors or lines or ["no output"])[-1])[:300]}
 
 
 def measure(request: Row) -> Row:
@@ -62,9 +87,10 @@ def measure(request: Row) -> Row:
     from vllm import LLM, SamplingParams
 
     register()
-    measured: Row = {"decode": {}, "prefill": {}}
+    measured: Row = {"decode": {}, "prefill": {}, "parts": {}, "draw_ms": {}}
     if torch.cuda.is_available():
         watch_loading(measured)
+    fill_quickly()
     llm = LLM(
         str(make_model(request["model"])),
         load_format="dummy",
@@ -79,9 +105,14 @@ def measure(request: Row) -> Row:
     engine, number = llm.llm_engine, itertools.count()
 
     def run(
-        requests: int, prompt: int, tokens: int, decode: bool = False
+        requests: int,
+        prompt: int,
+        tokens: int,
+        decode: bool = False,
+        into: Row | None = None,
     ) -> Counter[str]:
-        """What it took and what it counted; of the decode steps alone if asked."""
+        """What it took and what it counted; of the decode steps alone if asked. Where
+        the time goes is put `into` a row, which takes time itself."""
         sampling = SamplingParams(
             temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
         )
@@ -91,10 +122,17 @@ def measure(request: Row) -> Row:
             engine.add_request(str(next(number)), {"prompt_token_ids": ids}, sampling)
         while decode and not engine.step():
             pass
+
+        def finish() -> None:
+            while engine.has_unfinished_requests():
+                engine.step()
+
         before = counters(llm, request["options"])
         begin = time.perf_counter()
-        while engine.has_unfinished_requests():
-            engine.step()
+        if into is None:
+            finish()
+        else:
+            into |= parts_of(finish, tokens - decode)
         moved = Counter(ms=(time.perf_counter() - begin) * 1e3)
         moved.update(counters(llm, request["options"]))
         moved.subtract(before)
@@ -105,11 +143,19 @@ def measure(request: Row) -> Row:
         run(batch, 16, 8)
         steps = [run(batch, 16, tokens + 1, decode=True) for _ in range(3)]
         measured["decode"][str(batch)] = per_step(steps, tokens)
+        if request["profiled"]:
+            parts = measured["parts"].setdefault(f"decode, batch {batch}", {})
+            run(batch, 16, 9, decode=True, into=parts)
+        if torch.cuda.is_available():
+            measured["draw_ms"][str(batch)] = draw_ms(request, batch)
     for length in request["prefills"]:
         run(1, length, 1)
         measured["prefill"][str(length)] = per_step(
             [run(1, length, 1) for _ in range(3)], 1
         )
+        if request["profiled"]:
+            parts = measured["parts"].setdefault(f"prefill {length}", {})
+            run(1, length, 1, into=parts)
     if serving := request.get("serving"):
         requests, prompt, out = serving
         run(requests, prompt, 4)
@@ -120,27 +166,34 @@ def measure(request: Row) -> Row:
     return measured
 
 
-def watch_loading(measured: Row) -> None:
-    """Has the next load note what the model took of GPU memory, and the peak of torch's
-    part of it: the experts must never all be there. Mapped memory, where the rows lie,
-    is not torch's."""
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+def fill_quickly() -> None:
+    """Has dummy experts in host memory made from a few random values. Stock draws each
+    from one thread, which takes two seconds for a GiB."""
+    from vllm.model_executor.model_loader import dummy_loader
 
-    load_model = BaseModelLoader.load_model
+    fill = dummy_loader.initialize_single_dummy_weight
 
-    @functools.wraps(load_model)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        torch.cuda.reset_peak_memory_stats()
-        before, _ = torch.cuda.mem_get_info()
-        model = load_model(*args, **kwargs)
-        gc.collect()
-        torch.cuda.empty_cache()
-        measured["taken_gib"] = (before - torch.cuda.mem_get_info()[0]) / (1 << 30)
-        measured["torch_gib"] = torch.cuda.memory_allocated() / (1 << 30)
-        measured["torch_peak_gib"] = torch.cuda.max_memory_allocated() / (1 << 30)
-        return model
+    def fill_quickly(parameter: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        if parameter.is_cpu and parameter.is_contiguous() and parameter.numel() > DRAWN:
+            flat = parameter.data.view(-1)
+            drawn = flat[:DRAWN]
+            fill(drawn, *args, **kwargs)
+            for rest in flat[DRAWN:].split(DRAWN):
+                rest.copy_(drawn[: len(rest)])
+        else:
+            fill(parameter, *args, **kwargs)
 
-    BaseModelLoader.load_model = watched
+    dummy_loader.initialize_single_dummy_weight = fill_quickly
+
+
+def draw_ms(request: Row, batch: int) -> float:
+    """What drawing the experts of a step costs, which no real model does."""
+    from benchmarks.gpu.micro import microseconds
+
+    shape, odds = request["model"], STRATEGIES[request["routing"]]
+    rows = torch.arange(1, batch + 1, device="cuda")
+    one = functools.partial(draw, odds, rows, rows, 0, shape["experts"], shape["top_k"])
+    return microseconds(one, 20) * shape["layers"] / 1e3
 
 
 def per_step(runs: list[Counter[str]], steps: int) -> Row:
@@ -190,29 +243,24 @@ def make_model(shape: Row) -> Path:
     return directory
 
 
-def measure_exact(request: Row) -> Row:
-    """The answers of a small checkpoint, and what was counted."""
-    from tests.support.engine import run
-    from tests.support.sample import make_checkpoint
-
-    done = run(make_checkpoint(WORK / "qwen3-moe"), **request["exact"])
-    return {"outputs": done.outputs, **{name: done.total(name) for name in COUNTED}}
-
-
 def measured_by(request: Row) -> Row:
     """What an engine as `request` describes it measures."""
     if "exact" in request:
+        from benchmarks.gpu.exact import measure_exact
+
         return measure_exact(request)
     if "quantised" in request:
         from benchmarks.gpu.quantised_engine import measure_quantised
 
-        return measure_quantised(request, WORK)
+        return measure_quantised(request)
     return measure(request)
 
 
 def main() -> None:
-    request = json.loads(sys.argv[1])
-    print("\n" + json.dumps(measured_by(request)))
+    request, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
+    whole = answer.with_suffix(".unfinished")
+    whole.write_text(json.dumps(measured_by(request)))
+    whole.rename(answer)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.gpu import pinning
 from benchmarks.gpu.machine import EXPERTS, STAGED, Machine
+from benchmarks.gpu.runs import Options
 from benchmarks.results import Row
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.driver import cuda_driver
@@ -20,7 +21,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.layout import spl
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.memory import Memory
 
 
-def memory(cpu: bool) -> list[Row]:
+def memory(options: Options) -> list[Row]:
     """The checks on this machine's GPU."""
     torch.zeros(1, device="cuda")  # makes the context
     return run(Machine(cuda_driver(), torch.cuda.current_device()))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 
+from benchmarks.gpu.runs import Options
 from benchmarks.results import Row
 from tests.support import pair
 from tests.support.pair import make_rows
@@ -30,7 +31,7 @@ def device_memory() -> Memory:
     return CudaBackend().memory(torch.device("cuda"))
 
 
-def kernels(cpu: bool) -> list[Row]:
+def kernels(options: Options) -> list[Row]:
     """Plan and gather beside the CPU's decisions, compared after every step."""
     rows = []
     for experts, slots, top_k in (
@@ -41,10 +42,13 @@ def kernels(cpu: bool) -> list[Row]:
     ):
         for policy in ("lru", "lfu"):
             both = pair.Pair(
-                experts, slots, policy, half_life=64, memory=device_memory()
+                *(experts, slots, policy),
+                half_life=64,
+                memory=device_memory(),
+                traced=policy == "lru",
             )
             generator = torch.Generator().manual_seed(slots)
-            steps = 600
+            steps = 200 if options.first else 600
             for step in range(steps):
                 tokens = 600 if step % 100 == 99 else 1 + step % 5
                 ids = pair.routing(generator, tokens, experts, top_k, 0.1)
@@ -92,7 +96,20 @@ def launches(step: Callable[[], Any]) -> int:
     return driver.call("cuGraphGetNodes", handle, 0)[1]
 
 
-def micro(cpu: bool) -> list[Row]:
+def host_waits(step: Callable[[], Any]) -> str:
+    """ "ok", or what makes the host wait for the device in a step."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "ok"
+
+
+def micro(options: Options) -> list[Row]:
     """Times of plan and gather, and of what else could bring an expert."""
     hidden, width, experts = 2048, 768, 128
     shapes = {"w13_weight": (2 * width, hidden), "w2_weight": (hidden, width)}
@@ -140,12 +157,13 @@ def micro(cpu: bool) -> list[Row]:
             manager.step(sets[0])
 
         planned = microseconds(plan, 40)
+        rows.append({"what": f"plan, lru, {what}", "µs": planned})
         manager.reset()
         spent = microseconds(step, 40) - planned
         totals = manager.counters.as_dict()
         size = totals["bytes_loaded"] / totals["steps"]
         row = {"what": f"gather, {what}", "µs": spent, "GB/s": size / spent / 1e3}
-        rows.append(row | {"launches": launches(step)})
+        rows.append(row | {"launches": launches(step), "result": host_waits(step)})
 
     targets = {
         name: torch.empty_like(t[:8], device="cuda") for name, t in tensors.items()

@@ -1,33 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Proves and measures expert slots on a GPU, step by step. benchmarks/README.md says
-what is kept. Each step ends within eight minutes; run again, it goes on with the
-engines that it had no time for. Not yet run on a GPU.
+what is kept. Not yet run on a GPU.
 
 memory   mapped and pinned memory as the slots use it; seconds, no model
 kernels  plan and gather beside the CPU's decisions, thousands of random steps
 micro    plan in µs; gather in GB/s beside the copy engine and a GEMM that reads host
-         memory; launches of a step
-exact    a small real checkpoint with CUDA graphs on: token ids and logprobs equal
-         stock's
-speed    decode and prefill at the expert shapes of Qwen3-30B-A3B, as ratios to stock
-grid     vLLM issue #41447: expert shapes of gemma-4-26B-A4B, 16 requests of 64+64
-         tokens
+         memory; launches of a step, and whether it waits for the host
+exact    a small real checkpoint: token ids and logprobs equal stock's, for the graphs,
+         model runners and numbers of slots of `exact.py`
+speed    decode and prefill at the expert shapes of Qwen3-30B-A3B, as ratios to stock;
+         the bound, and where the time goes
 quant    quantised experts, format by format: the kernel alone, an engine's answers, the
          bytes of its loads, the memory of processing; `--quant FORMAT ...` runs it for
          some formats
+grid     vLLM issue #41447: expert shapes of gemma-4-26B-A4B, 16 requests of 64+64
+         tokens
 all      the seven, in this order; ends after memory if that fails
 
-On a machine without a GPU, `--cpu` runs exact, speed, grid and quant small, to try the
+`all --first` runs what shows the most of each step, in ten minutes or so. An engine is
+measured once in a day and commit: run again, a step goes on with those that are left.
+
+On a machine without a GPU, `--cpu` runs exact, speed, quant and grid small, to try the
 script itself. What that measures says nothing about a GPU and stays out of
 benchmarks/results/. Quantised experts need a CPU with AMX there.
 """
 
 import argparse
+import math
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
-from functools import partial
 
 from benchmarks.gpu.engine import ENVIRONMENT
 
@@ -39,31 +44,29 @@ import torch
 from rich.console import Console
 
 from benchmarks import results
-from benchmarks.gpu import memory, micro, quantised, serving
+from benchmarks.gpu import exact, memory, micro, plot, quantised, runs, speed
 from benchmarks.results import Row
 
 CHECKS = {
-    "result": "ok",
-    "equal to stock": True,
     "launches": 2,
-    "experts stayed off": True,
+    **exact.CHECKS,
+    **speed.CHECKS,
     **quantised.CHECKS,
 }
 """What these columns must say. Anything else makes the exit status 1."""
 
-STEPS: dict[str, Callable[[bool], list[Row]]] = {
+STEPS: dict[str, Callable[[runs.Options], list[Row]]] = {
     "memory": memory.memory,
     "kernels": micro.kernels,
     "micro": micro.micro,
-    "exact": serving.exact,
-    "speed": serving.speed,
-    "grid": serving.grid,
+    "exact": exact.exact,
+    "speed": speed.speed,
     "quant": quantised.quant,
+    "grid": speed.grid,
 }
-"""Each takes whether there is no GPU, and returns rows."""
 
 NEEDS_GPU = ("memory", "kernels", "micro")
-NEEDS_ENGINES = ("exact", "speed", "grid", "quant")
+NEEDS_ENGINES = ("exact", "speed", "quant", "grid")
 """These keep what each engine measured themselves."""
 
 console = Console()
@@ -85,17 +88,38 @@ def main() -> int:
     parser.add_argument(
         "--cpu", action="store_true", help="try the script without a GPU"
     )
+    parser.add_argument(
+        "--first", action="store_true", help="only what shows the most of each step"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        metavar="M",
+        help="start no engine that would not end within M minutes from now",
+    )
+    parser.add_argument(
+        "--engines",
+        type=int,
+        default=1,
+        metavar="K",
+        help="fresh engines of each arm of speed; medians and ranges are of these",
+    )
     arguments = parser.parse_args()
     if (arguments.step is None) == (arguments.quant is None):
         parser.error("give a step, or --quant with formats or without")
     if not arguments.cpu and not torch.cuda.is_available():
         parser.error("no GPU here: run it on a GPU machine, or try it with --cpu")
-    formats, steps = arguments.quant or [], STEPS
-    if arguments.quant is not None:
-        steps = {"quant": partial(quantised.quant, formats=formats)}
-    wanted = list(steps)
-    if arguments.step not in (None, "all"):
-        wanted = [arguments.step]
+    options = runs.Options(
+        cpu=arguments.cpu,
+        first=arguments.first,
+        deadline=time.monotonic() + 60 * arguments.minutes,
+        engines=arguments.engines,
+        formats=tuple(arguments.quant or ()),
+    )
+    wanted = list(STEPS)
+    if arguments.step != "all":
+        wanted = [arguments.step or "quant"]
     if arguments.cpu:
         wanted = [step for step in wanted if step not in NEEDS_GPU]
         if not wanted:
@@ -104,12 +128,22 @@ def main() -> int:
             )
     failed = []
     for step in wanted:
-        rows = steps[step](arguments.cpu)
-        asked = " ".join(["--quant", *formats]) if formats else step
+        try:
+            rows = STEPS[step](options)
+        except Exception as error:  # what it is stays in the results, and others run
+            traceback.print_exc()
+            rows = [{"result": f"{type(error).__name__}: {error}"}]
+        if not rows:
+            continue
+        asked = " ".join(["--quant", *options.formats]) if options.formats else step
+        if arguments.engines > 1:
+            asked += f" --engines {arguments.engines}"
         command = f"python -m benchmarks.gpu.proof {asked}" + " --cpu" * arguments.cpu
         raw = () if step in NEEDS_ENGINES else rows
-        text = results.save(serving.results_folder(), step, rows, command, raw=raw)
+        text = results.save(runs.results_folder(), step, rows, command, raw=raw)
         console.print(text, markup=False, soft_wrap=True)
+        if step == "speed":
+            plot.draw(rows, runs.results_folder() / "speed.svg")
         if any(
             name in row and row[name] != right
             for row in rows

@@ -9,15 +9,18 @@ prompt's rows in the order in which atomic additions happen to end), slots must 
 near to one of stock's runs as stock's runs are to each other.
 """
 
-from collections.abc import Sequence
 from itertools import combinations
 
 import torch
 
-from benchmarks.gpu.serving import run_engines
+from benchmarks.gpu.quantised_engine import checkpoint
+from benchmarks.gpu.runs import Options, beside_each_other, run_engines
 from benchmarks.results import Row
 from tests.support.fp8_checkpoints import FP8_FORMATS
 from tests.support.quantised import FORMATS, ON_CPU
+
+FIRST = ("fp8-block", "gptq", "mxfp4")
+"""The formats of `--first`: those that most checkpoints have."""
 
 SLOTS = 4
 """Of 16 experts: a long prompt needs all of them."""
@@ -32,6 +35,7 @@ FIRST_FP8 = (8, 9)
 CHECKS = {
     "batch 1 equal to stock": True,
     "prefill as stock's": True,
+    "staging is shared": True,
     "bytes are those of misses": True,
     "kernel equal to stock's": True,
     "processing within the plan": True,
@@ -39,7 +43,7 @@ CHECKS = {
 """What these columns must say."""
 
 ON_A_GPU: Row = {
-    **{"attention_backend": "TRITON_ATTN", "gpu_memory_utilization": 0.3},
+    "attention_backend": "TRITON_ATTN",
     **{"max_model_len": 2048, "max_num_batched_tokens": 1024, "max_num_seqs": 4},
     # Prompts run eagerly, answers in CUDA graphs. Nothing is compiled, to save time.
     "enforce_eager": False,
@@ -60,50 +64,47 @@ def backends(name: str, capability: tuple[int, int]) -> tuple[str, ...]:
     return ("marlin", "triton") if name in _ON_BOTH else ("marlin",)
 
 
-def quant(cpu: bool, formats: Sequence[str] = ()) -> list[Row]:
-    """One row for each format and kernel.
-
-    Args:
-        cpu: whether to try it on the CPU platform, whose kernels take fewer formats.
-            They need AMX, or a test's plugin.
-        formats: of `QUANTISED`; all if none is given.
-    """
-    wanted = [name for name in formats or QUANTISED if not cpu or name in ON_CPU]
+def quant(options: Options) -> list[Row]:
+    """One row for each format and kernel. The CPU platform's kernels take fewer
+    formats, and need AMX or a test's plugin."""
+    cpu = options.cpu
+    at_once, sizes = (1, {}) if cpu else beside_each_other()
+    wanted = [
+        name for name in options.formats or QUANTISED if not cpu or name in ON_CPU
+    ]
     engines: list[tuple[str, str, Row]] = []
     for name in wanted:
         if cpu:
             engines.append((name, "the CPU's", ON_THE_CPU))
             continue
         for backend in backends(name, torch.cuda.get_device_capability()):
-            options = ON_A_GPU | {"moe_backend": backend}
-            engines.append((name, backend, options))
+            engines.append((name, backend, ON_A_GPU | sizes | {"moe_backend": backend}))
     length, kernel_tokens = (96, [1, 9, 40]) if cpu else (1000, [1, 9, 200, 1000])
     requests = [
         {
             **{"name": f"{name}, {backend}, {who}", "quantised": name},
-            **{"options": options, "prefill": length, "tokens": 8 if cpu else 32},
+            **{"options": of_engine, "prefill": length, "tokens": 8 if cpu else 32},
             **({"slots": SLOTS, "kernel_tokens": kernel_tokens} if slots else {}),
+            "first": name in FIRST,
         }
-        for name, backend, options in engines
+        for name, backend, of_engine in engines
         for who, slots in (("stock", False), ("slots", True))
     ]
+    for name in wanted:
+        if name in FIRST or not options.first:
+            checkpoint(name)  # before engines side by side look for it
 
-    def rows_of(request: Row, done: list[Row]) -> list[Row]:
-        name, backend, who = request["name"].split(", ")
-        if who == "stock":
-            return []
-        stock = f"{name}, {backend}, stock"
-        return [
-            {
-                **{"format": name, "--moe-backend": backend, "N": SLOTS},
-                **judged(
-                    next(d["measured"] for d in done if d["name"] == stock),
-                    request["measured"],
-                ),
-            }
-        ]
+    return run_engines("quant", requests, rows_of, options, at_once)
 
-    return run_engines("quant", requests, rows_of)
+
+def rows_of(request: Row, done: list[Row]) -> list[Row]:
+    """The row of an engine with slots; none before its stock has answered."""
+    name, backend, who = request["name"].split(", ")
+    stock = next((d for d in done if d["name"] == f"{name}, {backend}, stock"), None)
+    if who == "stock" or stock is None:
+        return []
+    row: Row = {"format": name, "--moe-backend": backend, "N": SLOTS}
+    return [row | judged(stock["measured"], request["measured"])]
 
 
 def judged(stock: Row, slots: Row) -> Row:
@@ -119,6 +120,7 @@ def judged(stock: Row, slots: Row) -> Row:
     )
     row |= of_prefill(stock["prefills"], slots["prefills"][0])
     row |= {"misses": slots["misses"], "bytes/expert": slots["bytes per expert"]}
+    row["staging is shared"] = slots["staging is shared"]
     row["bytes are those of misses"] = (
         slots["bytes loaded"] == slots["misses"] * slots["bytes per expert"] > 0
     )

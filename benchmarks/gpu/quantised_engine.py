@@ -5,35 +5,38 @@
 import gc
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.gpu import engine
 from benchmarks.results import Row
 from tests.support import quantised
 from tests.support.fp8_checkpoints import FP8_FORMATS
 from vllm.model_executor.layers.fused_moe.expert_slots.layer import ExpertSlotsMixin
 from vllm.model_executor.layers.fused_moe.expert_slots.replacing import replaced
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.layout import split
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
 from vllm.plugins.moe_gpu_prefetch import start as start_up
 
 PROMPT_TOKENS = 8
 """Of prompts that are asked one at a time. With so few rows stock repeats itself."""
 
 STOCK_RUNS = 3
+SIZES = {"HIDDEN": 512, "WIDTH": 1024}
 SLACK = 1 << 20
 """Bytes that torch's allocator may round up while a layer is processed."""
 
 
-def measure_quantised(request: Row, work: Path) -> Row:
+def measure_quantised(request: Row) -> Row:
     """Answers to prompts of few tokens, one at a time, and the logprobs of one long
     prompt; from slots also what the loads counted, how the kernel compares with full
     residency, and on a GPU the peak of memory while layers are processed.
 
     Args:
         request: of `quantised.quant`.
-        work: where checkpoints are kept.
     """
     from benchmarks.gpu.quantised_kernels import compared
     from tests.support.engine import answers, moe_layers, sampling, start
@@ -43,7 +46,7 @@ def measure_quantised(request: Row, work: Path) -> Row:
     seen: Row = {}
     with processing_watched(seen):
         llm = start(
-            checkpoint(work, request["quantised"]),
+            checkpoint(request["quantised"]),
             enable_prefix_caching=False,
             **request["options"],
             **slots,
@@ -83,6 +86,7 @@ def measure_quantised(request: Row, work: Path) -> Row:
             sum(rows[0].nbytes for rows in manager.rows.slot_rows.values())
             for manager in managers
         }
+        measured["staging is shared"] = managers[0].rows.memory.staging > 0
         measured["misses"] = sum(counters["misses"] for counters in counted)
         measured["bytes loaded"] = sum(c["bytes_loaded"] for c in counted)
         measured["kernel steps"] = compared(layers[0], request["kernel_tokens"])
@@ -90,17 +94,34 @@ def measure_quantised(request: Row, work: Path) -> Row:
     return measured
 
 
-def checkpoint(work: Path, name: str) -> Path:
-    """A small model in that format, written once."""
-    with replaced(quantised, "FORMATS", quantised.FORMATS | FP8_FORMATS):
-        return quantised.make_quantised(work / f"quantised-{name}", name)
+def checkpoint(name: str) -> Path:
+    """A small model in that format, written once; on a GPU so large that a layer shares
+    its staging."""
+    sizes = SIZES if torch.cuda.is_available() else {}
+    with ExitStack() as changed:
+        for name_of, size in sizes.items():
+            changed.enter_context(replaced(quantised, name_of, size))
+        formats = quantised.FORMATS | FP8_FORMATS
+        changed.enter_context(replaced(quantised, "FORMATS", formats))
+        return quantised.make_quantised(engine.WORK / f"quantised-{name}", name)
+
+
+def plain_bytes(rows: ExpertRows) -> int:
+    """Bytes of the rows that share no page, so that they are torch's."""
+    return sum(
+        tensor.nbytes
+        for tensor in rows.tensors.values()
+        if not split(len(tensor), rows.num_staged, tensor[0].nbytes, rows.memory.page)[
+            0
+        ]
+    )
 
 
 @contextmanager
 def processing_watched(seen: Row) -> Iterator[None]:
     """Within, the start of an engine with slots on a GPU notes what the processing of
     its layers held at most, beside what the capacity plan reserves for it. Rows are
-    mapped memory and none of torch's, so nothing may stay."""
+    mapped memory, or so small that they are plain tensors; nothing else may stay."""
     if not torch.cuda.is_available():
         yield
         return
@@ -113,9 +134,10 @@ def processing_watched(seen: Row) -> Iterator[None]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         make(self, layer)
-        peaks.append(torch.cuda.max_memory_allocated() - before)
+        plain = plain_bytes(self.slot_manager.rows)
+        peaks.append(torch.cuda.max_memory_allocated() - before - plain)
         gc.collect()
-        left.append(torch.cuda.memory_allocated() - before)
+        left.append(torch.cuda.memory_allocated() - before - plain)
 
     def measured(*args: Any, **kwargs: Any) -> Any:
         planned.append(measure(*args, **kwargs))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What of `benchmarks/gpu/` can run without a GPU."""
+"""What of `benchmarks/gpu/` can run without a GPU: the command, and the checks of
+memory."""
 
 import json
 import os
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from benchmarks import results
-from benchmarks.gpu import engine, proof, serving
+from benchmarks.gpu import proof, runs
 from tests.support import ROOT
 
 
@@ -43,7 +44,6 @@ from tests.support.interpreter import keep_triton
 keep_triton()
 
 from benchmarks.gpu import memory as memory_checks
-from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.machine import Machine
 from tests.support.fake_driver import FakeDriver, device_memory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.driver import Driver
@@ -96,7 +96,7 @@ def test_a_failed_check_ends_all_and_sets_the_status(tmp_path, monkeypatch, caps
     run = []
 
     def step(name, result):
-        return lambda cpu: [run.append(name), {"check": name, "result": result}][1:]
+        return lambda options: [run.append(name), {"check": name, "result": result}][1:]
 
     steps = {
         "memory": step("memory", "AssertionError: it is not"),
@@ -105,7 +105,7 @@ def test_a_failed_check_ends_all_and_sets_the_status(tmp_path, monkeypatch, caps
     kept = results.folder(tmp_path)  # while this machine is known to have no GPU
     monkeypatch.setattr(proof, "STEPS", steps)
     monkeypatch.setattr(proof.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(serving, "results_folder", lambda: kept)
+    monkeypatch.setattr(runs, "results_folder", lambda: kept)
     monkeypatch.setattr(sys, "argv", ["proof.py", "all"])
     assert proof.main() == 1 and run == ["memory"]
     printed = capsys.readouterr().out
@@ -113,76 +113,3 @@ def test_a_failed_check_ends_all_and_sets_the_status(tmp_path, monkeypatch, caps
     steps["memory"] = step("memory", "ok")
     assert proof.main() == 0 and run == ["memory", "memory", "micro"]
     assert "passed" in capsys.readouterr().out
-
-
-UNION = 23.1
-"""Experts that eight sequences of Qwen1.5-MoE need: `unions` of
-benchmarks/routing/published.py, whose import compiles."""
-
-REQUEST = {
-    **{"model": serving.TINY | {"experts": 60}, "tokens": 4},
-    **{"routing": "topics-qwen1.5", "batches": [2, 8]},
-    **{"prefills": [24], "max_model_len": 128, "max_num_seqs": 8},
-    **{"serving": (2, 8, 4)},
-    "options": {"enforce_eager": True, **serving.slots_option(8)},
-}
-
-
-def test_an_engine_measures_and_its_rows_compare_with_stock():
-    """An engine with slots: counters and step times. Eight sequences need together what
-    eight of the model need that the routing is calibrated to."""
-    measured = engine.run_engine(REQUEST)
-    assert "failed" not in measured, measured
-    decode = measured["decode"]["2"]
-    assert decode["needed"] >= decode["hits"] > 0 and decode["loads"] > 0
-    assert decode["bytes_loaded"] == pytest.approx(decode["loads"] * 3 * 64 * 128 * 2)
-    assert (
-        decode["steps"] == 2
-        and decode["staged"] == 0
-        and measured["prefill"]["24"]["staged"] > 0
-    )
-    together = measured["decode"]["8"]
-    assert together["needed"] / together["steps"] == pytest.approx(UNION, rel=0.08)
-    assert measured["tokens_per_s"] > 0
-    rate = 1e6
-    rows = serving.speed_rows("N = 8", "topics", measured, measured, rate)
-    assert [row["what"] for row in rows] == [
-        "decode, batch 2",
-        "decode, batch 8",
-        "prefill 24",
-    ]
-    assert rows[0]["of stock"] == 1 and rows[0]["bound ms"] > rows[0]["ms"]
-    failed = serving.speed_rows(
-        "N = 96", "topics", {"failed": "out of memory"}, measured, 1
-    )
-    assert failed[0]["what"] == "failed: out of memory"
-
-
-def test_a_failed_engine_is_a_result():
-    failed = engine.run_engine({**REQUEST, "options": {"no_such_option": 1}})
-    assert "no_such_option" in failed["failed"]
-
-
-def test_a_second_run_measures_what_the_first_had_no_time_for(tmp_path, monkeypatch):
-    """Each engine once; the rows compare with the first of their routing."""
-    asked = []
-
-    def run_engine(request):
-        asked.append((request["name"], request["routing"]))
-        step = {"ms": 2.0 if "additional_config" in request["options"] else 1.0}
-        return {"decode": {"1": step}, "prefill": {}}
-
-    monkeypatch.setattr(serving, "run_engine", run_engine)
-    monkeypatch.setattr(serving, "WORK", tmp_path)
-    monkeypatch.setattr(serving, "ENGINES_SECONDS", -1)
-    with pytest.raises(StopIteration):
-        serving.grid(True), next(iter(()))
-    assert asked == []
-    monkeypatch.setattr(serving, "ENGINES_SECONDS", 400)
-    rows = serving.speed(True)
-    once = list(asked)
-    assert len(set(once)) == len(once) == 2 * (2 + 2)
-    assert once[0][0] == "stock, resident" and once[3][0] == "stock, resident, again"
-    assert serving.speed(True) == rows and asked == once
-    ratios = {row["engine"]: row["of stock"] for row in rows}
-    assert ratios["N = 8"] == 0.5 and ratios["stock, resident, again"] == 1

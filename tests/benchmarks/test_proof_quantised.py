@@ -19,7 +19,7 @@ from benchmarks.gpu import (
     quantised,
     quantised_engine,
     quantised_kernels,
-    serving,
+    runs,
 )
 from tests.support import ROOT
 from tests.support import quantised as checkpoints
@@ -53,7 +53,7 @@ def test_the_step_on_the_cpu_platform(tmp_path, monkeypatch):
             wrong.append(compare(layer, [40]))
         return found
 
-    def run_engine(request):
+    def run_engine(request, seconds):
         with gates_open():
             return json.loads(json.dumps(engine.measured_by(request)))
 
@@ -72,12 +72,12 @@ def test_the_step_on_the_cpu_platform(tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-c", write], cwd=ROOT, check=True)
     monkeypatch.setattr(checkpoints, "WIDTH", 256)
     monkeypatch.setattr(engine, "WORK", tmp_path)
-    monkeypatch.setattr(serving, "results_folder", lambda: kept)
-    monkeypatch.setattr(serving, "run_engine", run_engine)
+    monkeypatch.setattr(runs, "results_folder", lambda: kept)
+    monkeypatch.setattr(runs, "run_engine", run_engine)
     monkeypatch.setattr(quantised_kernels, "compared", compared)
-    [row] = quantised.quant(
-        True, ["fp8-block", "fp8-static"]
-    )  # the second on a GPU alone
+    # The second on a GPU alone.
+    formats = ("fp8-block", "fp8-static")
+    [row] = quantised.quant(runs.Options(cpu=True, formats=formats))
     assert row.items() >= PASSED.items()
     assert row["kernel"] == "SlottedCPUExpertsFp8" and row["misses"] > 0
     assert row["kernel steps"] == 3 * 4 and row["stock repeats itself"]
@@ -91,6 +91,7 @@ STOCK = {"kernel": "Marlin", "batch 1": [1, 2], "prefills": [[-1.0, -2.0]] * 3}
 SLOTS = {
     **{"kernel": "SlottedMarlin", "batch 1": [1, 2], "prefills": [[-1.0, -2.0]]},
     **{"misses": 3, "bytes loaded": 30, "bytes per expert": 10},
+    "staging is shared": True,
     "kernel steps": {"kernel equal to stock's": True},
 }
 
@@ -105,6 +106,7 @@ SLOTS = {
         ({"prefills": [[-1.0, -2.5]]}, "prefill as stock's"),
         ({"bytes loaded": 31}, "bytes are those of misses"),
         ({"misses": 0, "bytes loaded": 0}, "bytes are those of misses"),
+        ({"staging is shared": False}, "staging is shared"),
         ({"kernel steps": {"kernel equal to stock's": False}}, None),
         ({"processing": {"processing within the plan": False}}, None),
     ],
@@ -173,15 +175,22 @@ def test_an_alignment_is_made_once_and_its_blocks_are_mapped(monkeypatch):
     ("peak", "stays", "right"), [(900, 0, True), (1100, 0, False), (900, 600, False)]
 )
 def test_the_memory_of_processing(monkeypatch, peak, stays, right):
-    """A layer may hold what is planned for it, and nothing may stay on the GPU."""
+    """A layer may hold what is planned for it, and nothing may stay on the GPU but rows
+    that are plain tensors."""
     layer = SimpleNamespace(processing_bytes=1000)
     footprint = SimpleNamespace(layers=[layer])
-    held = iter([5000, 5000 + stays])
+    tensors = {"w": torch.zeros(4, 4096), "scale": torch.zeros(4, 25)}
+    rows = SimpleNamespace(
+        tensors=tensors, num_staged=2, memory=SimpleNamespace(page=4096)
+    )
+    plain = quantised_engine.plain_bytes(rows)
+    assert plain == tensors["scale"].nbytes
+    held = iter([5000, 5000 + stays + plain])
     for name, value in (
         ("is_available", lambda: True),
         ("reset_peak_memory_stats", lambda: None),
         ("memory_allocated", lambda: next(held)),
-        ("max_memory_allocated", lambda: 5000 + peak),
+        ("max_memory_allocated", lambda: 5000 + peak + plain),
     ):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(quantised_engine, "SLACK", 50)
@@ -193,9 +202,10 @@ def test_the_memory_of_processing(monkeypatch, peak, stays, right):
         ExpertSlotsMixin, "_process_then_make_slots", lambda self, layer: None
     )
     seen = {}
+    slotted = SimpleNamespace(slot_manager=SimpleNamespace(rows=rows))
     with quantised_engine.processing_watched(seen):
         start_up.measure()
-        ExpertSlotsMixin._process_then_make_slots(object(), torch.nn.Module())
+        ExpertSlotsMixin._process_then_make_slots(slotted, torch.nn.Module())
     assert seen["processing"]["processing within the plan"] is right
 
 
@@ -203,13 +213,13 @@ def test_formats_are_given_by_name(monkeypatch, capsys, tmp_path):
     """`--quant` is a step of its own; a failed check sets the status."""
     asked = []
 
-    def quant(cpu, formats=()):
-        asked.append((cpu, tuple(formats)))
-        return [{"format": "gptq", "prefill as stock's": cpu}]
+    def quant(options):
+        asked.append((options.cpu, options.formats))
+        return [{"format": "gptq", "prefill as stock's": options.cpu}]
 
     kept = results.folder(tmp_path)
-    monkeypatch.setattr(quantised, "quant", quant)
-    monkeypatch.setattr(serving, "results_folder", lambda: kept)
+    monkeypatch.setitem(proof.STEPS, "quant", quant)
+    monkeypatch.setattr(runs, "results_folder", lambda: kept)
     for words in ([], ["quant", "--quant", "gptq"], ["--quant", "int3"]):
         monkeypatch.setattr(sys, "argv", ["proof.py", "--cpu", *words])
         with pytest.raises(SystemExit, match="2"):

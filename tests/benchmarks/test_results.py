@@ -3,6 +3,7 @@
 """A result stands beside what it was measured on, and is not mixed with another's."""
 
 import json
+import subprocess
 
 import pytest
 from rich.table import Table
@@ -52,6 +53,24 @@ def test_printed_tables_are_kept(place, monkeypatch):
     assert summary["overhead-1"]["rows"] == [{"": "tokens/s", "stock": "7"}]
     assert summary["overhead-1"]["note"] == "batch of 1"
     assert summary["overhead-2"]["rows"] == []
+
+
+def test_results_are_no_change_of_the_tree(tmp_path, monkeypatch):
+    """Else a second run would begin anew, with another commit than the first."""
+    kept = tmp_path / "benchmarks" / "results"
+    kept.mkdir(parents=True)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", kept)
+    monkeypatch.setenv("RESULTS_COMMIT", "of a copy")
+    assert results.environment.__wrapped__()["commit"] == "of a copy"
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (["init"], ["commit", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", *who, *command, "-q"], cwd=tmp_path, check=True)
+    commit = results.environment.__wrapped__()["commit"]
+    (kept / "measured").write_text("7")
+    assert results.environment.__wrapped__()["commit"] == commit != "of a copy"
+    (tmp_path / "changed").write_text("7")
+    assert results.environment.__wrapped__()["commit"] == f"{commit} with changes"
 
 
 def test_this_machine_is_described():

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""One engine of the GPU's proof on the CPU platform, and what is watched of it on a
+GPU."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from benchmarks.gpu import engine, exact, runs, speed, watch
+from tests.support.engine import moe_layers
+from vllm.plugins.moe_gpu_prefetch import start as start_up
+
+UNION = 23.1
+"""Experts that eight sequences of Qwen1.5-MoE need: `unions` of
+benchmarks/routing/published.py, whose import compiles."""
+
+REQUEST = {
+    **{"model": runs.TINY | {"experts": 60}, "tokens": 4, "profiled": True},
+    **{"routing": "topics-qwen1.5", "batches": [2, 8]},
+    **{"prefills": [24], "max_model_len": 128, "max_num_seqs": 8},
+    **{"serving": (2, 8, 4)},
+    "options": {"enforce_eager": True, **runs.slots_option(8)},
+}
+
+
+def test_an_engine_measures_and_its_rows_compare_with_stock():
+    """An engine with slots: counters and step times. Eight sequences need together what
+    eight of the model need that the routing is calibrated to."""
+    measured = engine.run_engine(REQUEST)
+    assert "failed" not in measured, measured
+    decode = measured["decode"]["2"]
+    assert decode["needed"] >= decode["hits"] > 0 and decode["loads"] > 0
+    assert decode["bytes_loaded"] == pytest.approx(decode["loads"] * 3 * 64 * 128 * 2)
+    assert (
+        decode["steps"] == 2
+        and decode["staged"] == 0
+        and measured["prefill"]["24"]["staged"] > 0
+    )
+    together = measured["decode"]["8"]
+    assert together["needed"] / together["steps"] == pytest.approx(UNION, rel=0.08)
+    assert measured["tokens_per_s"] > 0
+    for what in ("decode, batch 2", "decode, batch 8", "prefill 24"):
+        assert measured["parts"][what]["experts, ms"] > 0
+    rate = 1e6
+    rows = speed.speed_rows("N = 8", "topics", [measured], [measured], rate)
+    assert [row["what"] for row in rows] == [
+        "decode, batch 2",
+        "decode, batch 8",
+        "prefill 24",
+    ]
+    assert rows[0]["of stock"] == 1 and rows[0]["bound ms"] > rows[0]["ms"]
+    assert rows[1]["tokens/s"] == pytest.approx(8e3 / together["ms"])
+    assert rows[2].items() >= measured["parts"]["prefill 24"].items()
+
+
+def test_a_failed_engine_is_a_result(tmp_path, monkeypatch, capsys):
+    """With the error, though it is not the last line of the log."""
+    monkeypatch.setattr(engine, "LOGS", tmp_path / "logs")
+    options = {"name": "a, b", "options": {"no_such_option": 1}}
+    failed = engine.run_engine({**REQUEST, **options})
+    assert failed["failed"].startswith("TypeError") and "no_such" in failed["failed"]
+    assert "Traceback" in capsys.readouterr().out
+    log = tmp_path / "logs" / "a-b.log"
+    assert failed["failed"] in log.read_text()
+    assert engine.run_engine(REQUEST, 0.1)["failed"] == "no answer within 0 s"
+
+
+def test_an_answer_counts_however_the_process_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "LOGS", tmp_path)
+    script = "import sys; open(sys.argv[2], 'w').write('[7]'); print(); sys.exit(9)"
+    run = subprocess.run
+
+    def instead(command, **options):
+        return run([sys.executable, "-c", script, *command[3:]], **options)
+
+    monkeypatch.setattr(engine.subprocess, "run", instead)
+    assert engine.run_engine({}) == [7]
+    monkeypatch.setattr(engine.subprocess, "run", lambda *_, **__: None)
+    assert engine.run_engine({}) == {"failed": "no output"}
+
+
+def test_the_error_of_a_log_is_found(tmp_path, monkeypatch):
+    log = ["Traceback", "[rank0]: ValueError: no such backend", "W0 at the end"]
+    monkeypatch.setattr(engine, "LOGS", tmp_path)
+    monkeypatch.setattr(
+        *(engine.subprocess, "run"),
+        lambda *_, stdout, **__: stdout.write("\n".join(log)),
+    )
+    assert engine.run_engine({}) == {"failed": log[1]}
+    log.pop(1)
+    assert engine.run_engine({}) == {"failed": log[-1]}
+
+
+def with_a_wrong_slot(llm):
+    layers = moe_layers(llm)
+    layers[1].slot_manager.rows.slot_rows["w2_weight"][5] += 1
+    return layers
+
+
+@pytest.mark.parametrize("difference", [None, "slots", "trace"])
+def test_an_engine_from_slots_is_looked_at(tmp_path, monkeypatch, difference):
+    """One with a trace, eager, on the CPU. A slot with another expert in it, and a
+    trace that does not give the counters, are noticed."""
+    if difference == "trace":
+        monkeypatch.setattr("tests.support.traces.counted", lambda *layer: {})
+    elif difference:
+        monkeypatch.setattr("tests.support.engine.moe_layers", with_a_wrong_slot)
+    monkeypatch.setattr(engine, "WORK", tmp_path)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    eager = {"dtype": "bfloat16", "enforce_eager": True, "slots": 8, "policy": "lfu"}
+    request = {"arm": "bfloat16", **exact.BESIDE, "traced": True, "exact": eager}
+    measured = exact.measure_exact(request)
+    assert measured["slots hold their experts"] is (difference != "slots")
+    assert (measured["trace"] == exact.EQUAL) is (difference != "trace")
+    assert measured["staging is shared"] and measured["loaded"]
+    assert len(measured["outputs"]) == 3 and measured["staged"] > 0
+
+
+def test_memory_is_compared_with_its_plan():
+    plan = SimpleNamespace(
+        slot_bytes=60 << 30, staging_bytes=1 << 30, other_weight_bytes=2 << 30
+    )
+    for rows, kept, peak, planned, off in (
+        (61 << 30, 2 << 30, 2 << 30, True, True),
+        (61 << 30, 4 << 30, 4 << 30, False, True),
+        (61 << 30, 2 << 30, 3 << 30, True, False),
+    ):
+        row = watch.compared(plan, rows, kept, peak)
+        assert row["memory as planned"] is planned
+        assert row["experts stayed off"] is off
+
+
+def test_the_load_of_an_engine_is_watched(monkeypatch):
+    """torch's memory counts from before the load, and rows once."""
+    held = iter([1 << 30, 3 << 30])
+    for name, value in (
+        ("reset_peak_memory_stats", lambda: None),
+        ("memory_allocated", lambda: next(held)),
+        ("max_memory_allocated", lambda: 3 << 30),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    memory = SimpleNamespace(committed=61 << 30)
+    layer = SimpleNamespace(slot_manager=1, num_slots=8, _memory=memory)
+    model = SimpleNamespace(modules=lambda: [object(), layer, layer])
+    plan = SimpleNamespace(
+        slot_bytes=60 << 30, staging_bytes=1 << 30, other_weight_bytes=2 << 30
+    )
+    planner = SimpleNamespace(plan=lambda slots: plan if slots == 8 else None)
+    monkeypatch.setattr(start_up, "planner_for", lambda *_: planner)
+    monkeypatch.setattr(BaseModelLoader, "load_model", lambda self: model)
+    measured = {}
+    watch.watch_loading(measured)
+    start_up.planner_for()
+    assert BaseModelLoader.load_model(object()) is model
+    assert measured["memory"] == watch.compared(plan, 61 << 30, 2 << 30, 2 << 30)
+    assert measured["memory"]["GiB taken"] == 63
+
+
+def test_kernels_are_parts_of_a_step():
+    """By the names that the GPU's kernels have."""
+    kernels = {
+        **{"plan_kernel": 1e3, "gather_kernel": 2e3, "fused_moe_kernel": 3e3},
+        "void at::native::vectorized_gather_kernel<16>": 1e3,
+        **{"void vllm::moe::moe_align_block_size_kernel<int>": 4e3},
+        **{"kernel_unified_attention": 5e3, "nvjet_tst_128x64": 7e3},
+    }
+    assert watch.in_parts(kernels, 2) == {
+        **{"plan, ms": 0.5, "loads, ms": 1.0, "experts, ms": 3.5},
+        **{"attention, ms": 2.5, "other, ms": 4.0},
+    }
+
+
+def test_dummy_experts_are_filled_quickly(monkeypatch):
+    from vllm.model_executor.model_loader import dummy_loader
+
+    monkeypatch.setattr(engine, "DRAWN", 100)
+    fill = dummy_loader.initialize_single_dummy_weight
+    monkeypatch.setattr(dummy_loader, "initialize_single_dummy_weight", fill)
+    engine.fill_quickly()
+    large, small = torch.zeros(7, 50), torch.zeros(50)
+    dummy_loader.initialize_single_dummy_weight(large)
+    dummy_loader.initialize_single_dummy_weight(small)
+    flat = large.flatten()
+    assert flat[:100].any() and torch.equal(flat[100:200], flat[:100])
+    assert torch.equal(flat[300:], flat[:50]) and len(small.unique()) > 9
