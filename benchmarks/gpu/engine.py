@@ -42,7 +42,7 @@ ERROR = re.compile(r"(\[rank\d+\]:\s*)?[\w.]*(Error|Exception)\b")
 """How the line of a log begins that says why a process ended."""
 
 DRAWN = 1 << 24
-"""Values of a dummy tensor in host memory that are drawn. The rest are copies."""
+"""Values of a large dummy tensor that are drawn. The rest are copies."""
 
 COUNTED = (
     *("needed", "hits", "loads", "bytes_loaded", "staged", "staged_steps"),
@@ -90,7 +90,7 @@ def measure(request: Row) -> Row:
     measured: Row = {"decode": {}, "prefill": {}, "parts": {}, "draw_ms": {}}
     if torch.cuda.is_available():
         watch_loading(measured)
-    fill_quickly()
+    fill_alike()
     llm = LLM(
         str(make_model(request["model"])),
         load_format="dummy",
@@ -156,6 +156,7 @@ def measure(request: Row) -> Row:
         if request["profiled"]:
             parts = measured["parts"].setdefault(f"prefill {length}", {})
             run(1, length, 1, into=parts)
+    measured["answers"] = answered(llm)
     if serving := request.get("serving"):
         requests, prompt, out = serving
         run(requests, prompt, 4)
@@ -166,24 +167,40 @@ def measure(request: Row) -> Row:
     return measured
 
 
-def fill_quickly() -> None:
-    """Has dummy experts in host memory made from a few random values. Stock draws each
-    from one thread, which takes two seconds for a GiB."""
+def answered(llm: Any) -> list[Any]:
+    """Token ids and logprobs of a few requests together."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=0, max_tokens=8, logprobs=1, ignore_eos=True, detokenize=False
+    )
+    prompts = [{"prompt_token_ids": list(range(3, 13 + 9 * n))} for n in range(4)]
+    return [
+        [output.outputs[0].token_ids, output.outputs[0].cumulative_logprob]
+        for output in llm.generate(prompts, sampling, use_tqdm=False)
+    ]
+
+
+def fill_alike() -> None:
+    """Has large dummy tensors made from a few random values, the same on every device.
+    So an engine whose experts are in host memory computes with stock's values. And
+    stock draws in one thread there, which takes two seconds for a GiB."""
     from vllm.model_executor.model_loader import dummy_loader
 
-    fill = dummy_loader.initialize_single_dummy_weight
+    fill, drawn = dummy_loader.initialize_single_dummy_weight, {}
 
-    def fill_quickly(parameter: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        if parameter.is_cpu and parameter.is_contiguous() and parameter.numel() > DRAWN:
-            flat = parameter.data.view(-1)
-            drawn = flat[:DRAWN]
-            fill(drawn, *args, **kwargs)
-            for rest in flat[DRAWN:].split(DRAWN):
-                rest.copy_(drawn[: len(rest)])
-        else:
-            fill(parameter, *args, **kwargs)
+    def filled(parameter: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        kind = parameter.dtype
+        if kind.itemsize < 2 or not kind.is_floating_point or parameter.numel() < DRAWN:
+            return fill(parameter, *args, **kwargs)
+        if kind not in drawn:
+            drawn[kind] = torch.empty(DRAWN, dtype=kind, device="cpu")
+            fill(drawn[kind], *args, **kwargs)
+        values = drawn[kind].to(parameter.device)
+        for part in parameter.data.view(-1).split(DRAWN):
+            part.copy_(values[: len(part)])
 
-    dummy_loader.initialize_single_dummy_weight = fill_quickly
+    dummy_loader.initialize_single_dummy_weight = filled
 
 
 def draw_ms(request: Row, batch: int) -> float:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.model_executor.model_loader import dummy_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from benchmarks.gpu import engine, exact, runs, speed, watch
@@ -49,10 +50,9 @@ def test_an_engine_measures_and_its_rows_compare_with_stock():
     rate = 1e6
     rows = speed.speed_rows("N = 8", "topics", [measured], [measured], rate)
     assert [row["what"] for row in rows] == [
-        "decode, batch 2",
-        "decode, batch 8",
-        "prefill 24",
+        *("decode, batch 2", "decode, batch 8", "prefill 24", "the engine")
     ]
+    assert rows[3]["answers as stock's"] and len(measured["answers"]) == 4
     assert rows[0]["of stock"] == 1 and rows[0]["bound ms"] > rows[0]["ms"]
     assert rows[1]["tokens/s"] == pytest.approx(8e3 / together["ms"])
     assert rows[2].items() >= measured["parts"]["prefill 24"].items()
@@ -175,16 +175,16 @@ def test_kernels_are_parts_of_a_step():
     }
 
 
-def test_dummy_experts_are_filled_quickly(monkeypatch):
-    from vllm.model_executor.model_loader import dummy_loader
-
+def test_large_dummies_have_the_same_values_everywhere(monkeypatch):
     monkeypatch.setattr(engine, "DRAWN", 100)
     fill = dummy_loader.initialize_single_dummy_weight
     monkeypatch.setattr(dummy_loader, "initialize_single_dummy_weight", fill)
-    engine.fill_quickly()
-    large, small = torch.zeros(7, 50), torch.zeros(50)
-    dummy_loader.initialize_single_dummy_weight(large)
-    dummy_loader.initialize_single_dummy_weight(small)
+    engine.fill_alike()
+    large, other, small = torch.zeros(7, 50), torch.zeros(120), torch.zeros(50)
+    eight_bits = torch.zeros(7, 50).to(torch.float8_e4m3fn)
+    for tensor in (large, other, small, eight_bits):
+        dummy_loader.initialize_single_dummy_weight(tensor)
     flat = large.flatten()
-    assert flat[:100].any() and torch.equal(flat[100:200], flat[:100])
-    assert torch.equal(flat[300:], flat[:50]) and len(small.unique()) > 9
+    assert len(flat[:100].unique()) > 9 and torch.equal(flat[100:200], flat[:100])
+    assert torch.equal(flat[300:], flat[:50]) and torch.equal(other, flat[:120])
+    assert len(small.unique()) > 9 and eight_bits.float().any()

@@ -18,10 +18,10 @@ def step_of(ms, **counted):
 def test_engines_of_an_arm_give_a_median_and_a_range():
     slots, stock = map(step_of, (4.0, 9.0, 5.0)), map(step_of, (2.0, 3.0))
     broken = {"failed": "out of memory"}
-    failed, row = speed.speed_rows("N", "topics", [broken, *slots], [*stock], 0)
+    failed, row, _ = speed.speed_rows("N", "topics", [broken, *slots], [*stock], 0)
     assert failed["result"] == "failed: out of memory"
     assert row["ms"] == 5 and row["range"] == "4 to 9" and row["of stock"] == 0.5
-    [row] = speed.speed_rows("N", "topics", [step_of(4.0)], [broken], 0)
+    row, _ = speed.speed_rows("N", "topics", [step_of(4.0)], [broken], 0)
     assert "of stock" not in row and "range" not in row
 
 
@@ -33,7 +33,10 @@ def test_the_bound_is_the_resident_step_and_the_bytes_of_misses():
     row, memory = speed.speed_rows("N", "topics", [slots], [stock], rate=2e6)
     assert row["bound ms"] == 5 and row["of bound"] == 2 and row["hit rate"] == 1
     assert row["of stock"] == 0.2 and row["without it"] == pytest.approx(1 / 9)
-    assert memory["what"] == "memory" and memory["memory as planned"]
+    assert memory["what"] == "the engine" and memory["memory as planned"]
+    slots["answers"], stock["answers"] = [1], [2]
+    *_, row = speed.speed_rows("N", "topics", [slots], [stock], rate=2e6)
+    assert not row["answers as stock's"]
 
 
 def test_the_plot_of_speed(tmp_path):
@@ -92,17 +95,17 @@ def test_a_second_run_measures_what_the_first_had_no_time_for(asked, monkeypatch
     stock = "stock, resident, topics-qwen3, engine 1"
     monkeypatch.setattr(runs.run_engine, "broken", (stock,))
     first = speed.speed(runs.Options(cpu=True, first=True))
-    assert len(asked) == 3 == len(first)
+    assert len(asked) == 3 and len(first) == 1 + 2 * 2
     assert first[0]["result"] == "failed: out of memory"
     monkeypatch.setattr(runs.run_engine, "broken", ())
     rows = speed.speed(runs.Options(cpu=True))
     once = list(asked)
     assert len(set(once)) == len(once) - 1 == 2 * (2 + 2) and once.count(stock) == 2
     assert speed.speed(runs.Options(cpu=True)) == rows and asked == once
-    assert [row["engine"] for row in rows[:4]] == [
+    assert [row["engine"] for row in rows[:8:2]] == [
         *("stock, resident", "N = 31", "N = 8", "stock, resident, again")
     ]
-    ratios = {row["engine"]: row["of stock"] for row in rows}
+    ratios = {row["engine"]: row["of stock"] for row in rows if "of stock" in row}
     assert ratios["N = 8"] == 0.5 and ratios["stock, resident, again"] == 1
     assert len(speed.speed(runs.Options(cpu=True, engines=2))) == len(rows)
     assert len(set(asked)) == 2 * (len(once) - 1)
