@@ -129,10 +129,9 @@ def measure(request: Row) -> Row:
 
         before = counters(llm, request["options"])
         begin = time.perf_counter()
-        if into is None:
-            finish()
-        else:
+        if into is not None:
             into |= parts_of(finish, tokens - decode)
+        finish()
         moved = Counter(ms=(time.perf_counter() - begin) * 1e3)
         moved.update(counters(llm, request["options"]))
         moved.subtract(before)

@@ -85,7 +85,16 @@ def compared(plan: Any, rows: int, kept: int, peak: int) -> Row:
 
 
 def parts_of(work: Callable[[], Any], steps: int) -> Row:
-    """Does `work` and tells where the GPU's time went, in ms for each of its steps."""
+    """Does `work`, if the profiler lets it, and tells where the GPU's time went, in ms
+    for each of its steps; or why that is not known."""
+    try:
+        return in_parts(profiled(work), steps)
+    except Exception as error:  # what has been measured is worth more
+        return {"parts": f"{type(error).__name__}: {error}"}
+
+
+def profiled(work: Callable[[], Any]) -> dict[str, float]:
+    """Does `work`. The µs of each kernel; on the CPU, of each operator."""
     gpu = torch.cuda.is_available()
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(
@@ -94,11 +103,11 @@ def parts_of(work: Callable[[], Any], steps: int) -> Row:
         work()
         if gpu:
             torch.cuda.synchronize()
-    kernels = {
+    return {
         event.key: event.self_device_time_total if gpu else event.self_cpu_time_total
         for event in p.key_averages()
+        if not gpu or event.device_type == torch.autograd.DeviceType.CUDA
     }
-    return in_parts(kernels, steps)
 
 
 def in_parts(kernels: dict[str, float], steps: int) -> Row:

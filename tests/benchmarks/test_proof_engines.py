@@ -5,6 +5,7 @@ GPU."""
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -173,6 +174,32 @@ def test_kernels_are_parts_of_a_step():
         **{"plan, ms": 0.5, "loads, ms": 1.0, "experts, ms": 3.5},
         **{"attention, ms": 2.5, "other, ms": 4.0},
     }
+
+
+def test_a_profiler_that_fails_is_no_end(monkeypatch):
+    """Whether it fails before the work or in it."""
+
+    class Profiler:
+        def __init__(self, activities):
+            raise RuntimeError("no CUPTI")
+
+    assert "experts, ms" in watch.parts_of(lambda: None, 1)
+    monkeypatch.setattr(torch.profiler, "profile", Profiler)
+    assert watch.parts_of(lambda: None, 1) == {"parts": "RuntimeError: no CUPTI"}
+
+
+def test_a_gpus_kernels_alone_are_summed_up(monkeypatch):
+    """An event of the host has its kernels' time as well."""
+    kinds = torch.autograd.DeviceType
+    events = [
+        SimpleNamespace(key=key, self_device_time_total=5, device_type=kind)
+        for key, kind in (("plan_kernel", kinds.CUDA), ("launch", kinds.CPU))
+    ]
+    profile = nullcontext(SimpleNamespace(key_averages=lambda: events))
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: profile)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert watch.profiled(lambda: None) == {"plan_kernel": 5}
 
 
 def test_large_dummies_have_the_same_values_everywhere(monkeypatch):
