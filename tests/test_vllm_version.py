@@ -15,6 +15,7 @@ from vllm.distributed import parallel_state
 import vllm
 from tests.conftest import ASKED_VLLM
 from tests.support import ROOT
+from tools import vllm_versions
 from tools.vllm_versions import RELEASES, VERSIONS, release
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.ranks import _GROUPS
 from vllm.plugins.moe_gpu_prefetch.stock.seams import SUPPORTED
@@ -33,6 +34,12 @@ def test_a_process_started_here_runs_the_same_version():
         [sys.executable, "-c", PRINT], capture_output=True, text=True, cwd=ROOT
     )
     assert result.stdout.strip() == vllm.__version__.partition("+")[0], result.stderr
+
+
+def test_a_vllm_outside_the_environment_is_found(monkeypatch, tmp_path):
+    """As in a tree that PYTHONPATH names."""
+    monkeypatch.setattr(vllm_versions, "PACKAGES", tmp_path)
+    assert vllm_versions.installed().partition("+")[0] in VERSIONS
 
 
 def test_the_versions_are_those_that_we_declare():

@@ -70,6 +70,8 @@ BESIDE: Row = {"environment": {}, "traced": False}
 """What a request has beside the engine's options."""
 
 ON_A_CPU = ("bfloat16", "top-1")
+FIRST_ARMS, LATER_SLOTS = ("bfloat16", "model runner V1", "no waiting"), (4, 16)
+"""What `--first` runs: as many engines as a large GPU takes at once."""
 
 
 def exact(options: Options) -> list[Row]:
@@ -97,7 +99,8 @@ def exact(options: Options) -> list[Row]:
                     "compilation_config": compilation,
                     **asked,
                 }
-            request = {"name": f"{arm}, {who}", "arm": arm, "first": True, **beside}
+            first = arm in FIRST_ARMS and asked.get("slots") not in LATER_SLOTS
+            request = {"name": f"{arm}, {who}", "arm": arm, "first": first, **beside}
             requests.append({**request, "exact": asked})
     checkpoint()  # before engines side by side look for it
     return run_engines("exact", requests, rows_of, options, at_once)

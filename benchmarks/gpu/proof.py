@@ -27,6 +27,7 @@ benchmarks/results/. Quantised experts need a CPU with AMX there.
 """
 
 import argparse
+import gc
 import math
 import os
 import sys
@@ -133,6 +134,9 @@ def main() -> int:
         except Exception as error:  # what it is stays in the results, and others run
             traceback.print_exc()
             rows = [{"result": f"{type(error).__name__}: {error}"}]
+        if step in NEEDS_GPU:  # its memory is for the engines now
+            gc.collect()
+            torch.cuda.empty_cache()
         if not rows:
             continue
         asked = " ".join(["--quant", *options.formats]) if options.formats else step

@@ -51,21 +51,11 @@ def watch_loading(measured: Row) -> None:
         gc.collect()
         peak = torch.cuda.max_memory_allocated() - before
         kept = torch.cuda.memory_allocated() - before
-        rows = {
-            id(layer._memory): layer._memory.committed
-            for layer in model.modules()
-            if getattr(layer, "slot_manager", None) is not None
-        }
-        if rows:
-            [planner] = planners
-            [layer] = {
-                layer.num_slots
-                for layer in model.modules()
-                if getattr(layer, "slot_manager", None) is not None
-            }
-            measured["memory"] = compared(
-                planner.plan(layer), sum(rows.values()), kept, peak
-            )
+        slotted = [m for m in model.modules() if getattr(m, "slot_manager", None)]
+        if slotted and planners[-1:] not in ([], [None]):
+            plan = planners[-1].plan(slotted[0].num_slots)
+            rows = slotted[0]._memory.committed  # of all layers
+            measured["memory"] = compared(plan, rows, kept, peak)
         return model
 
     start.planner_for, BaseModelLoader.load_model = planned, watched

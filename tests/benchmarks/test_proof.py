@@ -105,6 +105,7 @@ def test_a_failed_check_ends_all_and_sets_the_status(tmp_path, monkeypatch, caps
     kept = results.folder(tmp_path)  # while this machine is known to have no GPU
     monkeypatch.setattr(proof, "STEPS", steps)
     monkeypatch.setattr(proof.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(proof.torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(runs, "results_folder", lambda: kept)
     monkeypatch.setattr(sys, "argv", ["proof.py", "all"])
     assert proof.main() == 1 and run == ["memory"]
@@ -113,3 +114,10 @@ def test_a_failed_check_ends_all_and_sets_the_status(tmp_path, monkeypatch, caps
     steps["memory"] = step("memory", "ok")
     assert proof.main() == 0 and run == ["memory", "memory", "micro"]
     assert "passed" in capsys.readouterr().out
+    steps["memory"] = lambda options: 1 / 0
+    steps["exact"] = lambda options: [{"result": "run exact again, for stock"}]
+    assert proof.main() == 1
+    monkeypatch.setattr(sys, "argv", ["proof.py", "exact"])
+    assert proof.main() == 1
+    printed = capsys.readouterr().out
+    assert "ZeroDivisionError" in printed and "FAILED: exact" in printed

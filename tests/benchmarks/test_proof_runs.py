@@ -136,6 +136,15 @@ def test_what_is_compared_for_exactness(asked, monkeypatch):
     assert all(row.items() >= exact.CHECKS.items() for row in rows)
 
 
+def test_the_first_engines_are_as_many_as_a_large_gpu_takes(asked, monkeypatch):
+    monkeypatch.setattr(exact, "beside_each_other", lambda: (2, {}))
+    rows = exact.exact(runs.Options(first=True))
+    assert len(asked) == 8 and {row["engine"] for row in rows} == {
+        *("bfloat16, N = 8", "bfloat16, N = 31", "bfloat16, stock again"),
+        *("model runner V1, N = 8", "no waiting, N = 8"),
+    }
+
+
 def test_a_difference_from_stock_fails():
     """An engine without stock beside it has no row yet."""
     stock = {"name": "a, stock", "arm": "a", "exact": {}, "measured": {"outputs": [1]}}
