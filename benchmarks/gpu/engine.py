@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from benchmarks.gpu.watch import parts_of, watch_loading
@@ -63,17 +64,20 @@ def run_engine(request: Row, seconds: float = 480) -> Row:
     command = [sys.executable, "-m", "benchmarks.gpu.engine", json.dumps(request)]
     why = ""
     with log.open("w") as file:
+        process = psutil.Popen(
+            [*command, str(answer)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=ROOT,
+        )
         try:
-            subprocess.run(
-                [*command, str(answer)],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                cwd=ROOT,
-                timeout=seconds,
-            )
-        except subprocess.TimeoutExpired:
+            process.wait(seconds)
+        except psutil.TimeoutExpired:
             why = f"no answer within {seconds:.0f} s"
+            for each in [*process.children(recursive=True), process]:
+                each.kill()
+            process.wait()
     if answer.exists():  # however the process ended afterwards
         return json.loads(answer.read_text())
     lines = [line for line in log.read_text().splitlines() if line.strip()]

@@ -3,17 +3,18 @@
 """One engine of the GPU's proof on the CPU platform, and what is watched of it on a
 GPU."""
 
-import subprocess
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from vllm.model_executor.model_loader import dummy_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from benchmarks.gpu import engine, exact, runs, speed, watch
+from tests.support import wait_until
 from tests.support.engine import moe_layers
 from vllm.plugins.moe_gpu_prefetch import start as start_up
 
@@ -68,33 +69,56 @@ def test_a_failed_engine_is_a_result(tmp_path, monkeypatch, capsys):
     assert "Traceback" in capsys.readouterr().out
     log = tmp_path / "logs" / "a-b.log"
     assert failed["failed"] in log.read_text()
-    assert engine.run_engine(REQUEST, 0.1)["failed"] == "no answer within 0 s"
 
 
-def test_an_answer_counts_however_the_process_ends(tmp_path, monkeypatch):
+@pytest.fixture
+def runs_instead(tmp_path, monkeypatch):
+    """Lets a script run in the place of an engine; its second argument is the file."""
+
+    def instead(script):
+        monkeypatch.setattr(
+            *(engine.psutil, "Popen"),
+            lambda command, **options: popen(
+                [sys.executable, "-c", script, *command[3:]], **options
+            ),
+        )
+
+    popen = engine.psutil.Popen
     monkeypatch.setattr(engine, "LOGS", tmp_path)
-    script = "import sys; open(sys.argv[2], 'w').write('[7]'); print(); sys.exit(9)"
-    run = subprocess.run
+    return instead
 
-    def instead(command, **options):
-        return run([sys.executable, "-c", script, *command[3:]], **options)
 
-    monkeypatch.setattr(engine.subprocess, "run", instead)
+def test_an_answer_counts_however_the_process_ends(runs_instead):
+    runs_instead("import sys; open(sys.argv[2], 'w').write('[7]'); sys.exit(9)")
     assert engine.run_engine({}) == [7]
-    monkeypatch.setattr(engine.subprocess, "run", lambda *_, **__: None)
+    runs_instead("")
     assert engine.run_engine({}) == {"failed": "no output"}
 
 
-def test_the_error_of_a_log_is_found(tmp_path, monkeypatch):
+def test_the_error_of_a_log_is_found(runs_instead):
     log = ["Traceback", "[rank0]: ValueError: no such backend", "W0 at the end"]
-    monkeypatch.setattr(engine, "LOGS", tmp_path)
-    monkeypatch.setattr(
-        *(engine.subprocess, "run"),
-        lambda *_, stdout, **__: stdout.write("\n".join(log)),
-    )
+    runs_instead(f"print(*{log!r}, sep=chr(10))")
     assert engine.run_engine({}) == {"failed": log[1]}
-    log.pop(1)
-    assert engine.run_engine({}) == {"failed": log[-1]}
+    runs_instead("print('the last line')")
+    assert engine.run_engine({}) == {"failed": "the last line"}
+
+
+def test_an_engine_that_takes_too_long_ends_with_its_children(runs_instead, tmp_path):
+    """Which may hold the GPU's memory."""
+    number = tmp_path / "child"
+    runs_instead(
+        "import subprocess, sys, time; child = subprocess.Popen(['sleep', '600']); "
+        f"open({str(number)!r}, 'w').write(str(child.pid)); time.sleep(600)"
+    )
+    assert engine.run_engine({}, 3) == {"failed": "no answer within 3 s"}
+    wait_until(lambda: ended(int(number.read_text())))
+
+
+def ended(number):
+    try:
+        return psutil.Process(number).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def with_a_wrong_slot(llm):
