@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Compiles every kernel for sm_80, sm_90 and sm_120, which takes no GPU, and prints
-what each one uses: registers a thread, bytes spilled to local memory, bytes of shared
-memory a program, and the loads of 16 bytes that a thread has in flight. The gather
-kernel needs such loads to fill the link to the host."""
+"""Compiles every kernel for `ARCHITECTURES`, which takes no GPU, and prints what each
+one uses: registers a thread, bytes spilled to local memory, bytes of shared memory a
+program, and the loads of 16 bytes that a thread has in flight. The gather kernel needs
+such loads to fill the link to the host."""
 
 import argparse
 import json
@@ -44,7 +44,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.cuda.plan_kernel import (
 
 backends.pop(_STAND_IN, None)
 
-ARCHITECTURES = (80, 90, 120)
+ARCHITECTURES = (80, 86, 89, 90, 120)
 _POINTERS = {
     "is_padding": "*u8",
     **dict.fromkeys(("last_needed", "frequency", "totals", "unit_begin"), "*i64"),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Every kernel compiles for sm_80, sm_90 and sm_120, and spills no register."""
+"""Every kernel compiles for the GPUs that users have, and spills no register."""
 
 import json
 import os
@@ -22,12 +22,15 @@ def test_kernels_compile_without_spilling():
     )
     assert output.returncode == 0, output.stderr[-4000:]
     rows = json.loads(output.stdout.splitlines()[-1])
-    assert {row["architecture"] for row in rows} == {"sm_80", "sm_90", "sm_120"}
+    assert {row["architecture"] for row in rows} == {
+        *("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+    }
     kernels = {row["kernel"].split()[0].strip(",") for row in rows}
     assert kernels == {"plan", "gather", "block"}
     for row in rows:
-        # Only a launch that records a trace may spill: two words, seen on sm_120.
-        allowed = 8 if row["kernel"].endswith("traced") else 0
+        # Only a launch that records a trace may spill: six words of 512 experts, seen on
+        # sm_86 and sm_89, and two of 128 on sm_120.
+        allowed = 24 if row["kernel"].endswith("traced") else 0
         assert row["spilled_bytes"] <= allowed, row
         assert 0 < row["registers"] <= 255, row
         if row["kernel"].startswith("gather"):

@@ -18,6 +18,8 @@ from vllm.model_executor.layers.fused_moe.expert_slots.cuda.block_map_kernel imp
     ("version", "architecture", "blocks"),
     [
         (VERSIONS[0], 80, 1),
+        (VERSIONS[0], 86, 17),
+        (VERSIONS[1], 89, BLOCKS + 300),
         (VERSIONS[-1], 90, 17),
         (VERSIONS[0], 120, BLOCKS + 300),
     ],

@@ -14,7 +14,9 @@ import torch
 
 from tests.ptx.simulated import KERNELS, Simulated, make_pair, simulated
 from tests.ptx.triton_versions import INSTALLED, RELEASES, VERSIONS, Compiler
+from tests.support import ROOT
 from tests.support.pair import Pair, make_rows, make_store, routing
+from tools.compile_kernels import ARCHITECTURES
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchConfig
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu.memory import CPUMemory
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
@@ -56,6 +58,10 @@ CASES = [
     Case(NEW, 80, 96, 95, 8, "lfu", (1, 9, 20), has_map=True, wide_ids=True),
     Case(NEW, 90, 128, 64, 8, "lfu", (1, 2, 1, 20, 150), 0.02),
     Case(NEW, 120, 60, 18, 4, "lru", (1, 3, 300)),
+    Case(OLD, 86, 128, 64, 8, "lfu", (1, 2, 20, 150), 0.02),
+    Case(OLD, 89, 60, 18, 4, "lru", (1, 3, 9, 40), has_map=True),
+    Case(NEW, 86, 96, 95, 8, "lru", (1, 9, 20), wide_ids=True),
+    Case(NEW, 89, 128, 64, 8, "lfu", (1, 2, 1, 20, 150), programs=6),
     Case(INSTALLED, 80, 5, 4, 2, "lfu", (1, 2, 1, 3)),
     Case(INSTALLED, 90, 128, 64, 8, "lru", (1, 2, 1, 20, 1), programs=6),
     Case(INSTALLED, 120, 512, 300, 16, "lfu", (1, 8, 20), 0.01),
@@ -63,7 +69,7 @@ CASES = [
 ALL_CASES = [
     Case(version, architecture, *layer, policy, (1, 2, 1, 9, 20, 150), has_map=has_map)
     for version in VERSIONS
-    for architecture in (80, 90, 120)
+    for architecture in ARCHITECTURES
     for layer in (
         (5, 3, 2),
         (60, 18, 4),
@@ -74,6 +80,13 @@ ALL_CASES = [
     )
     for policy, has_map in (("lru", False), ("lfu", True))
 ]
+
+
+def test_every_architecture_is_simulated_and_named():
+    assert {case.architecture for case in CASES} == set(ARCHITECTURES)
+    for page in ("README.md", "docs/limits.md", "CHANGELOG.md"):
+        text = (ROOT / page).read_text()
+        assert all(f"sm_{number}" in text for number in ARCHITECTURES), page
 
 
 def play(case: Case, plan: Simulated, gather: Simulated) -> Pair:
