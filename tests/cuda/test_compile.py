@@ -28,8 +28,8 @@ def test_kernels_compile_without_spilling():
     kernels = {row["kernel"].split()[0].strip(",") for row in rows}
     assert kernels == {"plan", "gather", "block"}
     for row in rows:
-        # Only a launch that records a trace may spill: six words of 512 experts, seen on
-        # sm_86 and sm_89, and two of 128 on sm_120.
+        # Only a launch that records a trace may spill: six words with 512 experts on
+        # sm_86 and sm_89, two with 128 on sm_120.
         allowed = 24 if row["kernel"].endswith("traced") else 0
         assert row["spilled_bytes"] <= allowed, row
         assert 0 < row["registers"] <= 255, row
