@@ -16,13 +16,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import psutil
 import torch
 
-from benchmarks.gpu.watch import parts_of, watch_loading
+from benchmarks.gpu.watch import NOT_SEEN, parts_of, watch_loading
 from benchmarks.results import Row
 from benchmarks.routing.odds import STRATEGIES, draw
 from benchmarks.routing.strategy import register
@@ -35,6 +37,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
 }
 LOGGED = 20
 """Lines of a failed engine's log that are printed."""
@@ -42,8 +45,12 @@ LOGGED = 20
 ERROR = re.compile(r"(\[rank\d+\]:\s*)?[\w.]*(Error|Exception)\b")
 """How the line of a log begins that says why a process ended."""
 
-DRAWN = 1 << 24
-"""Values of a large dummy tensor that are drawn. The rest are copies."""
+DRAWN, LARGEST = (1 << 24) - 3, 0.05
+"""Values of dummy tensors that are drawn, up to `LARGEST`; the rest are copies. The
+number is odd, so that no two experts of a layer are alike."""
+
+ENDING_SECONDS = 20
+"""An engine that has answered ends within so many."""
 
 COUNTED = (
     *("needed", "hits", "loads", "bytes_loaded", "staged", "staged_steps"),
@@ -86,13 +93,18 @@ def run_engine(request: Row, seconds: float = 480) -> Row:
     return {"failed": (why or (errors or lines or ["no output"])[-1])[:300]}
 
 
-def measure(request: Row) -> Row:
-    """Times of decode and prefill steps and of a served load, and what they counted."""
+def measure(request: Row, keep: Callable[[Row], None]) -> Row:
+    """Times of decode and prefill steps and of a served load, and what they counted.
+    These are given to `keep` before a profiler, which may end the process, tells where
+    the time goes."""
     from vllm import LLM, SamplingParams
 
     register()
     measured: Row = {"decode": {}, "prefill": {}, "parts": {}, "draw_ms": {}}
     if torch.cuda.is_available():
+        slots = request["options"].get("additional_config", {}).get("moe_gpu_prefetch")
+        if slots is not None and slots < request["model"]["experts"]:
+            measured["memory"] = dict(NOT_SEEN)
         watch_loading(measured)
     fill_alike()
     llm = LLM(
@@ -141,24 +153,15 @@ def measure(request: Row) -> Row:
         moved.subtract(before)
         return moved
 
-    tokens = request["tokens"]
+    tokens, gpu = request["tokens"], torch.cuda.is_available()
     for batch in request["batches"]:
         run(batch, 16, 8)
         steps = [run(batch, 16, tokens + 1, decode=True) for _ in range(3)]
         measured["decode"][str(batch)] = per_step(steps, tokens)
-        if request["profiled"]:
-            parts = measured["parts"].setdefault(f"decode, batch {batch}", {})
-            run(batch, 16, 9, decode=True, into=parts)
-        if torch.cuda.is_available():
-            measured["draw_ms"][str(batch)] = draw_ms(request, batch)
     for length in request["prefills"]:
         run(1, length, 1)
-        measured["prefill"][str(length)] = per_step(
-            [run(1, length, 1) for _ in range(3)], 1
-        )
-        if request["profiled"]:
-            parts = measured["parts"].setdefault(f"prefill {length}", {})
-            run(1, length, 1, into=parts)
+        steps = [run(1, length, 1) for _ in range(3)]
+        measured["prefill"][str(length)] = per_step(steps, 1)
     measured["answers"] = answered(llm)
     if serving := request.get("serving"):
         requests, prompt, out = serving
@@ -167,6 +170,16 @@ def measure(request: Row) -> Row:
         measured["tokens_per_s"] = (
             requests * (prompt + out) / measured["served"]["ms"] * 1e3
         )
+    keep(measured)
+    # What a profiler leaves attached is not timed.
+    for batch in request["batches"] if gpu else ():
+        measured["draw_ms"][str(batch)] = draw_ms(request, batch)
+    for batch in request["batches"] if request["profiled"] else ():
+        parts = measured["parts"].setdefault(f"decode, batch {batch}", {})
+        run(batch, 16, 9, decode=True, into=parts)
+    for length in request["prefills"] if request["profiled"] else ():
+        parts = measured["parts"].setdefault(f"prefill {length}", {})
+        run(1, length, 1, into=parts)
     return measured
 
 
@@ -185,23 +198,27 @@ def answered(llm: Any) -> list[Any]:
 
 
 def fill_alike() -> None:
-    """Has large dummy tensors made from a few random values, the same on every device.
-    So an engine whose experts are in host memory computes with stock's values. And
-    stock draws in one thread there, which takes two seconds for a GiB."""
+    """Has dummy tensors made from a few random values, the same on every device, so
+    that an engine whose experts are in host memory computes with stock's values. They
+    are larger than stock's, which leave no trace of an expert in an answer. And stock
+    draws in one thread there, which takes two seconds for a GiB."""
     from vllm.model_executor.model_loader import dummy_loader
 
-    fill, drawn = dummy_loader.initialize_single_dummy_weight, {}
+    fill = dummy_loader.initialize_single_dummy_weight
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.empty(DRAWN).uniform_(-LARGEST, LARGEST, generator=generator)
 
     def filled(parameter: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         kind = parameter.dtype
-        if kind.itemsize < 2 or not kind.is_floating_point or parameter.numel() < DRAWN:
-            return fill(parameter, *args, **kwargs)
-        if kind not in drawn:
-            drawn[kind] = torch.empty(DRAWN, dtype=kind, device="cpu")
-            fill(drawn[kind], *args, **kwargs)
-        values = drawn[kind].to(parameter.device)
-        for part in parameter.data.view(-1).split(DRAWN):
-            part.copy_(values[: len(part)])
+        numbers = kind.is_floating_point and kind.itemsize > 1
+        if not numbers or not parameter.is_contiguous():
+            fill(parameter, *args, **kwargs)
+        elif parameter.dim() == 1:  # of a norm
+            parameter.data.fill_(1)
+        else:
+            values = drawn.to(kind).to(parameter.device)
+            for part in parameter.data.view(-1).split(DRAWN):
+                part.copy_(values[: len(part)])
 
     dummy_loader.initialize_single_dummy_weight = filled
 
@@ -263,8 +280,11 @@ def make_model(shape: Row) -> Path:
     return directory
 
 
-def measured_by(request: Row) -> Row:
-    """What an engine as `request` describes it measures."""
+def measured_by(
+    request: Row, keep: Callable[[Row], None] = lambda measured: None
+) -> Row:
+    """What an engine as `request` describes it measures; `keep` may get a part of it
+    before."""
     if "exact" in request:
         from benchmarks.gpu.exact import measure_exact
 
@@ -273,14 +293,21 @@ def measured_by(request: Row) -> Row:
         from benchmarks.gpu.quantised_engine import measure_quantised
 
         return measure_quantised(request)
-    return measure(request)
+    return measure(request, keep)
 
 
 def main() -> None:
     request, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
     whole = answer.with_suffix(".unfinished")
-    whole.write_text(json.dumps(measured_by(request)))
-    whole.rename(answer)
+
+    def keep(measured: Row) -> None:
+        whole.write_text(json.dumps(measured))
+        whole.rename(answer)
+
+    keep(measured_by(request, keep))
+    end = Timer(ENDING_SECONDS, os._exit, (0,))
+    end.daemon = True
+    end.start()
 
 
 if __name__ == "__main__":

@@ -9,19 +9,19 @@ micro    plan in µs; gather in GB/s beside the copy engine and a GEMM that read
          memory; launches of a step, and whether it waits for the host
 exact    a small real checkpoint: token ids and logprobs equal stock's, for the graphs,
          model runners and numbers of slots of `exact.py`
-speed    decode and prefill at the expert shapes of Qwen3-30B-A3B, as ratios to stock;
-         the bound, and where the time goes
 quant    quantised experts, format by format: the kernel alone, an engine's answers, the
          bytes of its loads, the memory of processing; `--quant FORMAT ...` runs it for
          some formats
+speed    decode and prefill at the expert shapes of Qwen3-30B-A3B, as ratios to stock;
+         the bound, and where the time goes
 grid     vLLM issue #41447: expert shapes of gemma-4-26B-A4B, 16 requests of 64+64
          tokens
 all      the seven, in this order; ends after memory if that fails
 
-`all --first` runs what shows the most of each step, in ten minutes or so. An engine is
+`all --first` runs what shows the most, and no grid, in ten minutes or so. An engine is
 measured once in a day and commit: run again, a step goes on with those that are left.
 
-On a machine without a GPU, `--cpu` runs exact, speed, quant and grid small, to try the
+On a machine without a GPU, `--cpu` runs exact, quant, speed and grid small, to try the
 script itself. What that measures says nothing about a GPU and stays out of
 benchmarks/results/. Quantised experts need a CPU with AMX there.
 """
@@ -45,7 +45,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import results
-from benchmarks.gpu import exact, memory, micro, plot, quantised, runs, speed
+from benchmarks.gpu import exact, memory, micro, quantised, runs, speed
 from benchmarks.results import Row
 
 CHECKS = {
@@ -61,13 +61,13 @@ STEPS: dict[str, Callable[[runs.Options], list[Row]]] = {
     "kernels": micro.kernels,
     "micro": micro.micro,
     "exact": exact.exact,
-    "speed": speed.speed,
     "quant": quantised.quant,
+    "speed": speed.speed,
     "grid": speed.grid,
 }
 
 NEEDS_GPU = ("memory", "kernels", "micro")
-NEEDS_ENGINES = ("exact", "speed", "quant", "grid")
+NEEDS_ENGINES = ("exact", "quant", "speed", "grid")
 """These keep what each engine measured themselves."""
 
 console = Console()
@@ -90,7 +90,7 @@ def main() -> int:
         "--cpu", action="store_true", help="try the script without a GPU"
     )
     parser.add_argument(
-        "--first", action="store_true", help="only what shows the most of each step"
+        "--first", action="store_true", help="only what shows the most, and no grid"
     )
     parser.add_argument(
         "--minutes",
@@ -147,6 +147,8 @@ def main() -> int:
         text = results.save(runs.results_folder(), step, rows, command, raw=raw)
         console.print(text, markup=False, soft_wrap=True)
         if step == "speed":
+            from benchmarks.gpu import plot  # matplotlib may be missing
+
             plot.draw(rows, runs.results_folder() / "speed.svg")
         if any(
             name in row and row[name] != right

@@ -97,13 +97,16 @@ def measure_quantised(request: Row) -> Row:
 def checkpoint(name: str) -> Path:
     """A small model in that format, written once; on a GPU so large that a layer shares
     its staging."""
-    sizes = SIZES if torch.cuda.is_available() else {}
+    wide = torch.cuda.is_available()
+    sizes, size_of = (SIZES, "-wide") if wide else ({}, "")
     with ExitStack() as changed:
         for name_of, size in sizes.items():
             changed.enter_context(replaced(quantised, name_of, size))
         formats = quantised.FORMATS | FP8_FORMATS
         changed.enter_context(replaced(quantised, "FORMATS", formats))
-        return quantised.make_quantised(engine.WORK / f"quantised-{name}", name)
+        return quantised.make_quantised(
+            engine.WORK / f"quantised-{name}{size_of}", name
+        )
 
 
 def plain_bytes(rows: ExpertRows) -> int:
@@ -148,7 +151,8 @@ def processing_watched(seen: Row) -> Iterator[None]:
         replaced(start_up, "measure", measured),
     ):
         yield
-    if not peaks:
+    seen["processing"] = {"processing within the plan": False}
+    if not peaks or not planned:
         return
     [footprint] = planned[-1].footprints
     reserved = max(layer.processing_bytes for layer in footprint.layers)

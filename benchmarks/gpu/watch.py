@@ -16,6 +16,9 @@ GIB = 1 << 30
 MAY_DIFFER = 0.02
 """By how much of the plan the memory may differ from it."""
 
+NOT_SEEN = {"memory as planned": False, "experts stayed off": False}
+"""Of an engine with slots, until its load has been watched."""
+
 OURS = {"plan_kernel": "plan", "gather_kernel": "loads"}
 """Parts of a step's time, by the names of kernels. torch has a kernel whose name ends
 in gather_kernel."""
@@ -114,4 +117,5 @@ def in_parts(kernels: dict[str, float], steps: int) -> Row:
         )
         part = OURS.get(name) or next(fitting, "other")
         spent[part] += time / steps / 1e3
-    return {f"{part}, ms": time for part, time in spent.items()}
+    parts = {f"{part}, ms": time for part, time in spent.items()}
+    return {"GPU ms": sum(spent.values()), **parts}

@@ -3,9 +3,11 @@
 """One engine of the GPU's proof on the CPU platform, and what is watched of it on a
 GPU."""
 
+import json
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -60,17 +62,6 @@ def test_an_engine_measures_and_its_rows_compare_with_stock():
     assert rows[2].items() >= measured["parts"]["prefill 24"].items()
 
 
-def test_a_failed_engine_is_a_result(tmp_path, monkeypatch, capsys):
-    """With the error, though it is not the last line of the log."""
-    monkeypatch.setattr(engine, "LOGS", tmp_path / "logs")
-    options = {"name": "a, b", "options": {"no_such_option": 1}}
-    failed = engine.run_engine({**REQUEST, **options})
-    assert failed["failed"].startswith("TypeError") and "no_such" in failed["failed"]
-    assert "Traceback" in capsys.readouterr().out
-    log = tmp_path / "logs" / "a-b.log"
-    assert failed["failed"] in log.read_text()
-
-
 @pytest.fixture
 def runs_instead(tmp_path, monkeypatch):
     """Lets a script run in the place of an engine; its second argument is the file."""
@@ -86,6 +77,68 @@ def runs_instead(tmp_path, monkeypatch):
     popen = engine.psutil.Popen
     monkeypatch.setattr(engine, "LOGS", tmp_path)
     return instead
+
+
+NOTHING = {"batches": [], "prefills": [], "serving": None, "profiled": False}
+TURNED = """
+from vllm.model_executor.model_loader import dummy_loader
+from benchmarks.gpu import engine
+
+fill_alike = engine.fill_alike
+
+
+def fill_turned():
+    fill_alike()
+    fill = dummy_loader.initialize_single_dummy_weight
+
+    def turned(parameter):
+        fill(parameter)
+        if parameter.dim() == 3:
+            parameter.data.copy_(parameter.data.flip(0))
+
+    dummy_loader.initialize_single_dummy_weight = turned
+
+
+engine.fill_alike = fill_turned
+engine.main()
+"""
+
+
+def test_answers_depend_on_the_experts(runs_instead):
+    """Those from slots are stock's. With the same experts in another order they are
+    not."""
+    stock = engine.run_engine(
+        {**REQUEST, **NOTHING, "options": {"enforce_eager": True}}
+    )
+    slots = engine.run_engine({**REQUEST, **NOTHING})
+    runs_instead(TURNED)
+    turned = engine.run_engine({**REQUEST, **NOTHING})
+    assert slots["answers"] == stock["answers"] != turned["answers"]
+    assert len({token for ids, _ in stock["answers"] for token in ids}) > 2
+
+
+def test_a_failed_engine_is_a_result(tmp_path, monkeypatch, capsys):
+    """With the error, though it is not the last line of the log."""
+    monkeypatch.setattr(engine, "LOGS", tmp_path / "logs")
+    options = {"name": "a, b", "options": {"no_such_option": 1}}
+    failed = engine.run_engine({**REQUEST, **options})
+    assert failed["failed"].startswith("TypeError") and "no_such" in failed["failed"]
+    assert "Traceback" in capsys.readouterr().out
+    log = tmp_path / "logs" / "a-b.log"
+    assert failed["failed"] in log.read_text()
+
+
+def test_an_engine_gets_its_environment(runs_instead, monkeypatch):
+    """The request's goes before this process's, and that before ours."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    runs_instead(
+        "import json, os, sys; open(sys.argv[2], 'w').write(json.dumps({**os.environ}))"
+    )
+    request = {"environment": {"VLLM_LOGGING_LEVEL": "INFO"}, "routing": "uniform"}
+    found = engine.run_engine(request)
+    assert found["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] == "uniform"
+    assert found["VLLM_LOGGING_LEVEL"] == "INFO" and found["HF_HUB_OFFLINE"] == "0"
+    assert found["VLLM_NO_USAGE_STATS"] == "1"
 
 
 def test_an_answer_counts_however_the_process_ends(runs_instead):
@@ -138,8 +191,10 @@ def test_an_engine_from_slots_is_looked_at(tmp_path, monkeypatch, difference):
     monkeypatch.setattr(engine, "WORK", tmp_path)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     eager = {"dtype": "bfloat16", "enforce_eager": True, "slots": 8, "policy": "lfu"}
-    request = {"arm": "bfloat16", **exact.BESIDE, "traced": True, "exact": eager}
+    eager["trace"] = "a.trace"
+    request = {"arm": "bfloat16", "exact": eager, "environment": {}}
     measured = exact.measure_exact(request)
+    assert exact.as_asked({**request, "measured": measured})
     assert measured["slots hold their experts"] is (difference != "slots")
     assert (measured["trace"] == exact.EQUAL) is (difference != "trace")
     assert measured["staging is shared"] and measured["loaded"]
@@ -196,7 +251,7 @@ def test_kernels_are_parts_of_a_step():
     }
     assert watch.in_parts(kernels, 2) == {
         **{"plan, ms": 0.5, "loads, ms": 1.0, "experts, ms": 3.5},
-        **{"attention, ms": 2.5, "other, ms": 4.0},
+        **{"attention, ms": 2.5, "other, ms": 4.0, "GPU ms": 11.5},
     }
 
 
@@ -226,16 +281,36 @@ def test_a_gpus_kernels_alone_are_summed_up(monkeypatch):
     assert watch.profiled(lambda: None) == {"plan_kernel": 5}
 
 
-def test_large_dummies_have_the_same_values_everywhere(monkeypatch):
-    monkeypatch.setattr(engine, "DRAWN", 100)
+def test_dummies_have_the_same_values_everywhere(monkeypatch):
+    """And no two experts of a model are alike, whose sizes are powers of two."""
+    monkeypatch.setattr(engine, "DRAWN", 99)
     fill = dummy_loader.initialize_single_dummy_weight
     monkeypatch.setattr(dummy_loader, "initialize_single_dummy_weight", fill)
     engine.fill_alike()
-    large, other, small = torch.zeros(7, 50), torch.zeros(120), torch.zeros(50)
+    experts, other, norm = torch.zeros(6, 2, 64), torch.zeros(9, 9), torch.zeros(50)
     eight_bits = torch.zeros(7, 50).to(torch.float8_e4m3fn)
-    for tensor in (large, other, small, eight_bits):
+    for tensor in (experts, other, norm, eight_bits):
         dummy_loader.initialize_single_dummy_weight(tensor)
-    flat = large.flatten()
-    assert len(flat[:100].unique()) > 9 and torch.equal(flat[100:200], flat[:100])
-    assert torch.equal(flat[300:], flat[:50]) and torch.equal(other, flat[:120])
-    assert len(small.unique()) > 9 and eight_bits.float().any()
+    assert torch.equal(other.flatten(), experts.flatten()[:81])
+    assert len({str(expert.tolist()) for expert in experts}) == 6
+    assert (norm == 1).all() and eight_bits.float().any()
+    assert experts.abs().max() <= engine.LARGEST
+    assert engine.DRAWN % 2
+
+
+def test_what_was_measured_is_kept_before_a_profiler_runs(tmp_path, monkeypatch):
+    """It may end the process. And an engine that has answered does not hang."""
+    answer = tmp_path / "answer"
+
+    def measured_by(request, keep):
+        keep({"ms": 7})
+        assert json.loads(answer.read_text()) == {"ms": 7}
+        return {"ms": 7, "parts": {}}
+
+    timers = []
+    monkeypatch.setattr(engine, "measured_by", measured_by)
+    monkeypatch.setattr(engine, "Timer", lambda *a: timers.append(a) or Mock())
+    monkeypatch.setattr(engine.sys, "argv", ["engine", "{}", str(answer)])
+    engine.main()
+    assert json.loads(answer.read_text()) == {"ms": 7, "parts": {}}
+    assert timers == [(engine.ENDING_SECONDS, engine.os._exit, (0,))]

@@ -207,6 +207,9 @@ def test_the_memory_of_processing(monkeypatch, peak, stays, right):
         start_up.measure()
         ExpertSlotsMixin._process_then_make_slots(slotted, torch.nn.Module())
     assert seen["processing"]["processing within the plan"] is right
+    with quantised_engine.processing_watched(seen):
+        pass  # nothing was planned or processed
+    assert seen["processing"] == {"processing within the plan": False}
 
 
 def test_formats_are_given_by_name(monkeypatch, capsys, tmp_path):

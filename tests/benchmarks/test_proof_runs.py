@@ -63,98 +63,179 @@ def test_the_plot_of_speed(tmp_path):
 
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
-    """The engines that are asked for, which are not started; those in `broken` fail."""
-    names = []
+    """The requests of engines, which are not started, and the seconds that they have;
+    those named in `broken` fail."""
+    seen = SimpleNamespace(requests=[], seconds=[], broken=())
 
     def run_engine(request, seconds):
-        names.append(request["name"])
-        if request["name"] in run_engine.broken:
+        seen.requests.append(request)
+        seen.seconds.append(seconds)
+        if request["name"] in seen.broken:
             return {"failed": "out of memory"}
         if "exact" in request:
             fine = {name: right for name, right in exact.CHECKS.items()}
             counted = dict.fromkeys(engine.COUNTED, 1)
-            return {**fine, **counted, "outputs": [request["arm"]]}
+            was = became(request)
+            return {**fine, **counted, "outputs": [request["arm"]], "was": was}
         return step_of(2.0 if "additional_config" in request["options"] else 1.0)
 
-    run_engine.broken = ()
     kept = results.folder(tmp_path)
     monkeypatch.setattr(runs, "results_folder", lambda: kept)
     monkeypatch.setattr(runs, "run_engine", run_engine)
     monkeypatch.setattr(exact, "checkpoint", lambda: None)
-    return names
+    monkeypatch.setattr(exact, "beside_each_other", lambda: (2, {"share": 0.4}))
+    return seen
 
 
-def test_a_second_run_measures_what_the_first_had_no_time_for(asked, monkeypatch):
+def became(request):
+    """What vLLM makes of the arguments and the environment of an engine."""
+    options, environment = request["exact"], request["environment"]
+    graphs = options["compilation_config"]["cudagraph_mode"]
+    v1 = environment.get("VLLM_USE_V2_MODEL_RUNNER") == "0"
+    return {
+        "runner": "V1" if v1 else "V2",
+        "graphs": "NONE" if options["enforce_eager"] else graphs,
+        "dtype": options["dtype"],
+        "top-k": options.get("hf_overrides", {}).get("num_experts_per_tok", 4),
+        "slots": "slots" in options,
+        "sync check": environment.get("VLLM_GPU_SYNC_CHECK"),
+    }
+
+
+def names(requests):
+    return [request["name"] for request in requests]
+
+
+def test_a_second_run_measures_what_the_first_had_no_time_for(asked):
     """Each engine once, a failed one again; the rows compare with the first of their
     routing."""
-    late = runs.Options(cpu=True, deadline=time.monotonic() + runs.ENGINE_SECONDS - 1)
+    late = runs.Options(cpu=True, deadline=time.monotonic() + runs.TIMED_SECONDS - 1)
     for step in (speed.speed, speed.grid):
         [left] = step(late)
         assert left["result"].startswith(f"run {step.__name__} again, for ")
-    assert asked == [] and "N = 8, topics-qwen3; N = 24" in left["result"]
+    assert asked.requests == [] and "N = 8, topics-qwen3; N = 24" in left["result"]
     stock = "stock, resident, topics-qwen3, engine 1"
-    monkeypatch.setattr(runs.run_engine, "broken", (stock,))
-    first = speed.speed(runs.Options(cpu=True, first=True))
-    assert len(asked) == 3 and len(first) == 1 + 2 * 2
+    asked.broken = (stock,)
+    soon = runs.Options(cpu=True, first=True, deadline=time.monotonic() + 200)
+    first = speed.speed(soon)
+    assert len(asked.requests) == 3 and len(first) == 1 + 2 * 2
+    assert all(190 < seconds <= 200 for seconds in asked.seconds)
     assert first[0]["result"] == "failed: out of memory"
-    monkeypatch.setattr(runs.run_engine, "broken", ())
+    asked.broken = ()
     rows = speed.speed(runs.Options(cpu=True))
-    once = list(asked)
+    once = names(asked.requests)
     assert len(set(once)) == len(once) - 1 == 2 * (2 + 2) and once.count(stock) == 2
-    assert speed.speed(runs.Options(cpu=True)) == rows and asked == once
+    assert asked.seconds[-1] == 480
+    assert speed.speed(runs.Options(cpu=True)) == rows
+    assert names(asked.requests) == once
     assert [row["engine"] for row in rows[:8:2]] == [
         *("stock, resident", "N = 31", "N = 8", "stock, resident, again")
     ]
     ratios = {row["engine"]: row["of stock"] for row in rows if "of stock" in row}
     assert ratios["N = 8"] == 0.5 and ratios["stock, resident, again"] == 1
     assert len(speed.speed(runs.Options(cpu=True, engines=2))) == len(rows)
-    assert len(set(asked)) == 2 * (len(once) - 1)
+    assert len(set(names(asked.requests))) == 2 * (len(once) - 1)
 
 
-@pytest.mark.parametrize(("gib", "count"), [(6, 1), (24, 3), (80, 8), (141, 8)])
-def test_small_engines_share_a_gpu(monkeypatch, gib, count):
+def on(monkeypatch, gib):
+    """A GPU of that size."""
     properties = SimpleNamespace(total_memory=gib << 30)
     monkeypatch.setattr(
         runs.torch.cuda, "get_device_properties", lambda device: properties
     )
+    monkeypatch.setattr(speed, "link_bytes_per_ms", lambda: 5e7)
+
+
+def test_the_arms_of_speed(asked, monkeypatch):
+    """Stock resident, its two offloads and slots, with and without graphs; stock does
+    not read the experts of a long prompt over the link."""
+    on(monkeypatch, gib=80)
+    speed.speed(runs.Options())
+    arms = {each["engine"]: each for each in asked.requests}
+    prefills = {name: each["prefills"] for name, each in arms.items()}
+    assert prefills.pop("stock, UVA experts") == [100, 2000]
+    assert all(lengths == [100, 2000, 16000] for lengths in prefills.values())
+    assert arms["N = 64, no graphs"]["options"]["enforce_eager"]
+    assert arms["N = 64"]["options"]["additional_config"] == {"moe_gpu_prefetch": 64}
+    assert arms["stock, prefetch offload"]["options"]["offload_backend"] == "prefetch"
+    profiled = {name for name, each in arms.items() if each["profiled"]}
+    assert profiled == {"stock, resident", "N = 64", "N = 32"}
+    assert {each["routing"] for each in asked.requests} == set(speed.ROUTINGS)
+
+
+@pytest.mark.parametrize(("gib", "arms"), [(24, 5), (80, 6)])
+def test_the_grid_has_stock_where_it_fits(asked, monkeypatch, gib, arms):
+    on(monkeypatch, gib)
+    speed.grid(runs.Options())
+    assert len(asked.requests) == 2 * arms
+
+
+@pytest.mark.parametrize(("gib", "count"), [(6, 1), (24, 3), (80, 8), (141, 8)])
+def test_small_engines_share_a_gpu(monkeypatch, gib, count):
+    on(monkeypatch, gib)
     at_once, sizes = runs.beside_each_other()
     assert at_once == count
     assert sizes["gpu_memory_utilization"] == pytest.approx(0.9 / count)
-    assert 1 <= speed.layers_here() <= 24 and (gib < 80) == (speed.layers_here() < 24)
+    assert speed.layers_here() == {6: 2, 24: 8, 80: 12, 141: 12}[gib]
 
 
-def test_what_is_compared_for_exactness(asked, monkeypatch):
+def test_what_is_compared_for_exactness(asked):
     """On a GPU: dtypes, graphs, both model runners, from top-k to all slots but one."""
-    monkeypatch.setattr(exact, "beside_each_other", lambda: (2, {}))
     rows = exact.exact(runs.Options())
-    assert len(set(asked)) == len(asked) == len(rows) + len(exact.ARMS)
-    assert {row["engine"] for row in rows} >= {
-        *("bfloat16, N = 4", "bfloat16, N = 31", "float16, N = 8", "top-1, N = 1"),
+    assert len(set(names(asked.requests))) == len(asked.requests)
+    assert len(asked.requests) == len(rows) + len(exact.ARMS)
+    assert {row["engine"] for row in rows} == {
+        *("bfloat16, N = 4", "bfloat16, N = 8", "bfloat16, N = 16", "bfloat16, N = 31"),
+        *("bfloat16, stock again", "float16, N = 8", "top-1, N = 1"),
         *("model runner V1, N = 8", "PIECEWISE, N = 8", "FULL, N = 8"),
-        *("bfloat16, stock again", "no waiting, N = 8", "no graphs, N = 8"),
+        *("no waiting, N = 8", "no graphs, N = 8"),
     }
     assert all(row.items() >= exact.CHECKS.items() for row in rows)
+    for request in asked.requests:
+        options = request["exact"]
+        assert options.items() >= (exact.ON_A_GPU | {"share": 0.4}).items()
+        compilation = options["compilation_config"]
+        assert compilation["inductor_compile_config"] == exact.AS_WRITTEN
+        disabled = request["environment"].get("VLLM_DISABLE_COMPILE_CACHE")
+        assert disabled == ("1" if request["name"].endswith("again") else None)
+    [traced] = [each for each in asked.requests if "trace" in each["exact"]]
+    assert traced["name"] == "bfloat16, N = 8"
 
 
-def test_the_first_engines_are_as_many_as_a_large_gpu_takes(asked, monkeypatch):
-    monkeypatch.setattr(exact, "beside_each_other", lambda: (2, {}))
+def test_the_first_engines_are_as_many_as_a_large_gpu_takes(asked):
     rows = exact.exact(runs.Options(first=True))
-    assert len(asked) == 8 and {row["engine"] for row in rows} == {
+    assert len(asked.requests) == 8 and {row["engine"] for row in rows} == {
         *("bfloat16, N = 8", "bfloat16, N = 31", "bfloat16, stock again"),
         *("model runner V1, N = 8", "no waiting, N = 8"),
     }
 
 
+@pytest.mark.parametrize("name", exact.ARMS)
+def test_an_engine_that_is_not_what_was_asked_for_is_noticed(name):
+    arm = exact.ARMS[name]
+    request = exact.request(name, 1, cpu=False, sizes={})
+    right = request | {"measured": {"was": became(request)}}
+    assert exact.as_asked(right)
+    for wrong in (
+        *({"runner": "V3"}, {"graphs": "FULL_DECODE_ONLY"}, {"dtype": "float32"}),
+        *({"slots": False}, {"sync check": "warn"}, {"top-k": 2}),
+    ):
+        was = {"was": became(request) | wrong}
+        assert not exact.as_asked(request | {"measured": was})
+    plain = exact.request("bfloat16", 1, cpu=False, sizes={})
+    if arm is not exact.ARMS["bfloat16"]:  # what makes the arm is seen in the engine
+        assert became(plain) != became(request)
+
+
 def test_a_difference_from_stock_fails():
     """An engine without stock beside it has no row yet."""
-    stock = {"name": "a, stock", "arm": "a", "exact": {}, "measured": {"outputs": [1]}}
-    slots = {
-        **{"name": "a, N = 8", "arm": "a", "exact": {"slots": 8, "policy": "lru"}},
-        "measured": {"outputs": [2], "loaded": False},
-    }
+    stock, slots = (exact.request("FULL", n, cpu=False, sizes={}) for n in (0, 1))
+    stock["measured"] = {"outputs": [1], "was": became(stock)}
+    slots["measured"] = {"outputs": [2], "was": became(stock), "loaded": False}
     assert exact.rows_of(slots, [slots]) == [] == exact.rows_of(stock, [stock])
     [row] = exact.rows_of(slots, [stock, slots])
     assert not row["equal to stock"] and not row["loaded"]
+    assert not row["engine as asked"]
     stock["measured"] = {"failed": "out of memory"}
     [row] = exact.rows_of(slots, [stock, slots])
     assert row["failed"] == "stock: out of memory" and not row["equal to stock"]
