@@ -181,7 +181,9 @@ def with_a_wrong_slot(llm):
 
 
 @pytest.mark.parametrize("difference", [None, "slots", "trace"])
-def test_an_engine_from_slots_is_looked_at(tmp_path, monkeypatch, difference):
+def test_an_engine_from_slots_is_looked_at(
+    checkpoint, tmp_path, monkeypatch, difference
+):
     """One with a trace, eager, on the CPU. A slot with another expert in it, and a
     trace that does not give the counters, are noticed."""
     if difference == "trace":
@@ -189,6 +191,7 @@ def test_an_engine_from_slots_is_looked_at(tmp_path, monkeypatch, difference):
     elif difference:
         monkeypatch.setattr("tests.support.engine.moe_layers", with_a_wrong_slot)
     monkeypatch.setattr(engine, "WORK", tmp_path)
+    monkeypatch.setattr(exact, "checkpoint", lambda: checkpoint)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     eager = {"dtype": "bfloat16", "enforce_eager": True, "slots": 8, "policy": "lfu"}
     eager["trace"] = "a.trace"
