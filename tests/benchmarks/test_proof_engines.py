@@ -91,8 +91,8 @@ def fill_turned():
     fill_alike()
     fill = dummy_loader.initialize_single_dummy_weight
 
-    def turned(parameter):
-        fill(parameter)
+    def turned(parameter, **options):
+        fill(parameter, **options)
         if parameter.dim() == 3:
             parameter.data.copy_(parameter.data.flip(0))
 
