@@ -47,7 +47,7 @@ ERROR = re.compile(r"(\[rank\d+\]:\s*)?[\w.]*(Error|Exception)\b")
 
 DRAWN, LARGEST = (1 << 24) - 3, 0.05
 """Values of dummy tensors that are drawn, up to `LARGEST`; the rest are copies. The
-number is odd, so that no two experts of a layer are alike."""
+number is a prime, so that no two experts of a layer are alike."""
 
 ENDING_SECONDS = 20
 """An engine that has answered ends within so many."""
@@ -216,7 +216,7 @@ def fill_alike() -> None:
         elif parameter.dim() == 1:  # of a norm
             parameter.data.fill_(1)
         else:
-            values = drawn.to(kind).to(parameter.device)
+            values = drawn[: parameter.numel()].to(parameter.device, kind)
             for part in parameter.data.view(-1).split(DRAWN):
                 part.copy_(values[: len(part)])
 

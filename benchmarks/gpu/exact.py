@@ -182,27 +182,24 @@ def measure_exact(request: Row) -> Row:
     """What an engine answers, and what it is. From slots also whether every slot holds
     its expert afterwards, what was counted, and whether that follows from the engine's
     trace."""
-    from tests.support.engine import PROMPTS, answers, moe_layers, sampling, start
+    from tests.support.engine import ask, start
 
     asked = dict(request["exact"])
     if "trace" in asked:
         asked["trace"] = str(engine.WORK / asked["trace"])
     llm = start(checkpoint(), **asked)
-    params = [sampling(8 + 8 * i) for i in range(len(PROMPTS))]
-    outputs = answers(llm.generate(PROMPTS, params, use_tqdm=False))
-    layers = moe_layers(llm)
-    measured: Row = {"outputs": outputs, "was": what_it_is(llm, layers)}
+    seen = ask(llm, slotted="slots" in asked)
+    measured: Row = {"outputs": seen.outputs, "was": what_it_is(llm, seen.layers)}
     if "slots" not in asked:
         return measured
-    measured["slots hold their experts"] = all(map(holds, layers))
-    measured["staging is shared"] = layers[0].slot_manager.rows.memory.staging > 0
-    counters = llm.collective_rpc("expert_slot_counters")[0].values()
-    measured |= {name: sum(layer[name] for layer in counters) for name in COUNTED}
+    memory = seen.layers[0].slot_manager.rows.memory
+    measured["slots hold their experts"] = all(map(holds, seen.layers))
+    measured["staging is shared"] = memory.staging > 0
+    measured |= {name: seen.total(name) for name in COUNTED}
     measured["loaded"] = measured["loads"] > 0
-    del layers
     if "trace" in asked:
         llm.llm_engine.model_executor.shutdown()
-        del llm
+        del llm, seen, memory
         gc.collect()
         measured["trace"] = checked(Path(asked["trace"]))
     return measured

@@ -60,9 +60,8 @@ def results_folder() -> Path:
     return results.folder(results.RESULTS if gpu else WORK / "results")
 
 
-def slots_option(slots: int, **options: object) -> Row:
-    config = {"moe_gpu_prefetch_config": options} if options else {}
-    return {"additional_config": {"moe_gpu_prefetch": slots, **config}}
+def slots_option(slots: int) -> Row:
+    return {"additional_config": {"moe_gpu_prefetch": slots}}
 
 
 def beside_each_other() -> tuple[int, Row]:

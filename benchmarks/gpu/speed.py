@@ -39,7 +39,7 @@ def speed(options: Options) -> list[Row]:
     and last, which shows how far the machine drifts meanwhile."""
     shape = {
         **{"hidden": 2048, "width": 768, "experts": 128, "top_k": 8},
-        **{"heads": 32, "head_dim": 128, "layers": 0 if options.cpu else layers_here()},
+        **{"heads": 32, "head_dim": 128},
     }
     batches, prefills, tokens = [1, 8, 16, 32], [100, 2000, 16000], 48
     all_slots: tuple[int, ...] = (96, 127, 16, 48, 128)
@@ -47,6 +47,8 @@ def speed(options: Options) -> list[Row]:
     if options.cpu:
         shape, all_slots, half, quarter = TINY, (), 31, 8
         batches, prefills, tokens, common = [1, 4], [100], 8, NO_GRAPHS
+    else:
+        shape["layers"] = layers_here()
     engines: dict[str, Row] = {
         STOCK: {},
         f"N = {half}": slots_option(half),

@@ -86,14 +86,18 @@ def sampling(tokens: int) -> Any:
 def run(checkpoint: Path, **arguments: Any) -> Run:
     """Answers `PROMPTS`, of different lengths, on an engine of its own."""
     llm = start(checkpoint, **arguments)
-    params = [sampling(8 + 8 * i) for i in range(len(PROMPTS))]
-    outputs = answers(llm.generate(PROMPTS, params, use_tqdm=False))
-    layers = moe_layers(llm)
-    slotted = "slots" in arguments
-    counters = llm.collective_rpc("expert_slot_counters")[0] if slotted else {}
+    seen = ask(llm, slotted="slots" in arguments)
     del llm
     gc.collect()
-    return Run(outputs, layers, counters)
+    return seen
+
+
+def ask(llm: Any, slotted: bool) -> Run:
+    """What an engine answers to `PROMPTS`; and counted, if it was asked for slots."""
+    params = [sampling(8 + 8 * i) for i in range(len(PROMPTS))]
+    outputs = answers(llm.generate(PROMPTS, params, use_tqdm=False))
+    counters = llm.collective_rpc("expert_slot_counters")[0] if slotted else {}
+    return Run(outputs, moe_layers(llm), counters)
 
 
 def assert_offloaded(layers: list[Any], slots: int, experts: int) -> None:
