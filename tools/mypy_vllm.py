@@ -27,7 +27,7 @@ from mypy.nodes import (
     SymbolNode,
 )
 from mypy.plugin import ClassDefContext, MethodContext, Plugin
-from mypy.types import CallableType, Parameters, Type, get_proper_type
+from mypy.types import CallableType, Instance, Parameters, Type, get_proper_type
 
 OURS = (
     "vllm.model_executor.layers.fused_moe.expert_slots",
@@ -166,6 +166,7 @@ def _check_class(context: ClassDefContext) -> None:
 
 
 def _check_wrap(context: MethodContext) -> Type:
+    assert isinstance(context.type, Instance)  # functools._Wrapper
     stock = get_proper_type(context.type.args[0]) if context.type.args else None
     ours = get_proper_type(context.arg_types[0][0])
     if isinstance(stock, Parameters | CallableType) and isinstance(ours, CallableType):

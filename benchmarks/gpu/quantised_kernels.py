@@ -75,7 +75,7 @@ class Kernels:
         self.store, self.memory = layer.slot_manager.store, layer._memory
         self.slotted = self.impl.fused_experts
         self.stock: Any = object.__new__(type(self.slotted).__bases__[-1])
-        vars(self.stock).update(vars(self.slotted))
+        self.stock.__dict__.update(vars(self.slotted))
         self.device = layer.w13_weight.device
         self.full = {
             name: home.to(self.device) for name, home in self.store.tensors.items()

@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import asdict, fields
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -58,7 +59,7 @@ def same(given: object, read: object) -> bool:
 
 
 def assert_understood(
-    config: MoEPrefetchConfig, slots: object, options: object
+    config: MoEPrefetchConfig, slots: object, options: dict[str, Any] | None
 ) -> None:
     """Nothing given is lost or changed, and it reads as the same again."""
     assert same(slots, config.slots)

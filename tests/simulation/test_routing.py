@@ -13,7 +13,7 @@ from benchmarks.routing import published
 from benchmarks.routing.odds import STRATEGIES, draw, stream
 from benchmarks.routing.strategy import Rows
 from tests.benchmarks.test_bench import printed
-from tests.benchmarks.test_proof import UNION
+from tests.benchmarks.test_proof_engines import UNION
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ wrong name or field fails here. Calls without a current context and calls that a
 capture forbids are refused."""
 
 from types import SimpleNamespace
+from typing import Any
 
 try:
     from cuda.bindings import driver as REAL
@@ -46,6 +47,8 @@ class FakeContext:
         running: a kernel may still use the memory; a test sets it.
         spoilt: a call was made that the capture forbids.
     """
+
+    CUresult: Any
 
     def __init__(self, devices: int = 1, supported: bool = True):
         self.devices, self.supported = devices, supported
