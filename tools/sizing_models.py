@@ -7,6 +7,7 @@ one, a pattern names them here."""
 from collections.abc import Callable
 
 from transformers import (
+    DeepseekV3Config,
     Gemma4TextConfig,
     Glm4MoeConfig,
     GptOssConfig,
@@ -17,6 +18,26 @@ from transformers import (
 
 from tests.support.published_formats import QUANTISED
 
+_INT4_EXPERTS = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "quantization_status": "compressed",
+    "ignore": [
+        "lm_head",
+        "re:.*self_attn.*",
+        "re:.*shared_experts.*",
+        r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+    ],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                **{"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False},
+                **{"strategy": "group", "group_size": 32},
+            },
+        }
+    },
+}
 _FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
 _FP8_CHANNELS = {
     "quant_method": "compressed-tensors",
@@ -146,6 +167,50 @@ def _mixtral_8x7b() -> PretrainedConfig:
     )
 
 
+def _deepseek_v3() -> PretrainedConfig:
+    return DeepseekV3Config(
+        architectures=["DeepseekV3ForCausalLM"],
+        vocab_size=129280,
+        hidden_size=7168,
+        intermediate_size=18432,
+        moe_intermediate_size=2048,
+        num_hidden_layers=61,
+        num_attention_heads=128,
+        num_key_value_heads=128,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        n_routed_experts=256,
+        n_shared_experts=1,
+        num_experts_per_tok=8,
+        n_group=8,
+        topk_group=4,
+        first_k_dense_replace=3,
+        max_position_embeddings=163840,
+    )
+
+
+def _kimi_k2() -> PretrainedConfig:
+    return DeepseekV3Config(
+        architectures=["DeepseekV3ForCausalLM"],
+        vocab_size=163840,
+        hidden_size=7168,
+        intermediate_size=18432,
+        moe_intermediate_size=2048,
+        num_hidden_layers=61,
+        num_attention_heads=64,
+        num_key_value_heads=64,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        n_routed_experts=384,
+        n_shared_experts=1,
+        num_experts_per_tok=8,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        max_position_embeddings=131072,
+    )
+
+
 def _quantised(
     config: PretrainedConfig, form: dict, *unquantised: str
 ) -> PretrainedConfig:
@@ -187,9 +252,19 @@ QUANTISED_MODELS: dict[str, Callable[[], PretrainedConfig]] = {
 }
 """The smallest experts first."""
 
+LARGE_MODELS: dict[str, Callable[[], PretrainedConfig]] = {
+    "DeepSeek-V3, INT4 (AWQ)": lambda: _quantised(
+        _deepseek_v3(), QUANTISED["auto_awq"], "mlp.gate."
+    ),
+    "DeepSeek-V3, FP8 (blocks)": lambda: _quantised(
+        _deepseek_v3(), QUANTISED["fp8"], "lm_head"
+    ),
+    "Kimi-K2, INT4 (compressed-tensors)": lambda: _quantised(_kimi_k2(), _INT4_EXPERTS),
+}
+
 
 def config_of(name: str) -> PretrainedConfig:
-    """Of a model in one of the two lists."""
-    config = (MODELS | QUANTISED_MODELS)[name]()
+    """Of a model in one of the lists."""
+    config = (MODELS | QUANTISED_MODELS | LARGE_MODELS)[name]()
     config.dtype = "bfloat16"
     return config

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Prints the tables of docs/sizing.md: what `auto` takes, and what is left for the KV
-cache. Published models in bfloat16 on five GPUs, then quantised checkpoints on GPUs of
-12, 16 and 24 GB. Minutes, no GPU, no weights."""
+cache. Published models in bfloat16 on five GPUs, quantised checkpoints on GPUs of 12,
+16 and 24 GB, and the largest models. Minutes, no GPU, no weights."""
 
 import argparse
 import json
@@ -13,14 +13,21 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tools.sizing_models import MODELS, QUANTISED_MODELS, config_of
+from tools.sizing_models import (
+    LARGE_MODELS,
+    MODELS,
+    QUANTISED_MODELS,
+    config_of,
+)
 
 GPUS = ("RTX 4090", "RTX 5090", "A100-40", "A100-80", "H100")
 OPTIONS = ("--max-model-len", "8192", "--max-num-seqs", "16")
 
 SMALL_GPUS = ("RTX 3060", "RTX 4060 Ti 16GB", "RTX 3090", "RTX 4090")
 FEW_OPTIONS = ("--max-model-len", "8192", "--max-num-seqs", "4")
-"""For the second table: the owner of one small GPU serves few requests at a time."""
+"""For the other tables: the owner of one small GPU serves few requests at a time."""
+
+LARGE_GPUS = ("RTX 4090", "RTX 5090", "RTX A6000", "A100-80")
 
 
 def write(name: str, directory: Path) -> Path:
@@ -58,7 +65,7 @@ def cell(model: Path, gpu: str) -> str:
 
 
 def quantised_cell(found: dict) -> str:
-    """Of the second table, from a plan: slots; slots and staging + the KV cache; host
+    """Of the other tables, from a plan: slots; slots and staging + the KV cache; host
     memory of the experts."""
     if not found["fits"]:
         without_parts = re.sub(r" \([^)]*\)", "", found["reason"])
@@ -90,12 +97,13 @@ def print_table(
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     print_table(MODELS, GPUS, cell)
-    print()
-    print_table(
-        QUANTISED_MODELS,
-        SMALL_GPUS,
-        lambda model, gpu: quantised_cell(plan(model, gpu, FEW_OPTIONS)),
-    )
+    for models, gpus in ((QUANTISED_MODELS, SMALL_GPUS), (LARGE_MODELS, LARGE_GPUS)):
+        print()
+        print_table(
+            models,
+            gpus,
+            lambda model, gpu: quantised_cell(plan(model, gpu, FEW_OPTIONS)),
+        )
 
 
 if __name__ == "__main__":

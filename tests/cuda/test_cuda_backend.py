@@ -79,24 +79,23 @@ def test_without_pinned_memory_a_layer_is_refused_first(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "scales", "device"),
+    ("kernel", "scales", "on_device"),
     [
-        ("TritonExperts", (4, 8, 2), "cpu"),  # blocks
-        ("TritonExperts", (4, 256, 1), "cpu"),  # channels
-        ("TritonExperts", (4, 2), "cuda"),  # requantised to one scale for both
-        ("TritonExperts", (4,), "cuda"),
-        ("MarlinExperts", (4, 8, 2), "cuda"),
-        ("TritonWNA16Experts", (4, 8, 2), "cuda"),
+        ("TritonExperts", (4, 8, 2), False),  # blocks
+        ("TritonExperts", (4, 256, 1), False),  # channels
+        ("TritonExperts", (4, 2), True),  # requantised to one scale for both
+        ("TritonExperts", (4,), True),
+        ("MarlinExperts", (4, 8, 2), True),
+        ("TritonWNA16Experts", (4, 8, 2), True),
     ],
 )
-def test_experts_go_to_the_gpu_where_stock_changes_them(kernel, scales, device):
+def test_experts_go_to_the_gpu_where_stock_changes_them(kernel, scales, on_device):
     layer = torch.nn.Module()
     layer.local_num_experts = 4
     layer.w13_weight = torch.nn.Parameter(torch.ones(4, 256, 8))
     layer.w13_weight_scale = torch.nn.Parameter(torch.ones(scales))
     layer.quant_method = SimpleNamespace(experts_cls=type(kernel, (), {}))
-    layer.moe_config = SimpleNamespace(device="cuda")
-    assert backend.CudaBackend().processing_device(layer) == torch.device(device)
+    assert backend.CudaBackend().processes_on_device(layer) is on_device
 
 
 class MappedElsewhere(CPUMemory):

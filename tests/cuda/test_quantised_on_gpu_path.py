@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,12 +27,14 @@ from tests.support.fp8_checkpoints import FP8_FORMATS, INPUT_SCALES
 from tests.support.marlin_engine import stand_in_for_marlin
 from tests.support.quantised import EXPERTS, LAYERS, make_quantised, make_twin
 from tests.support.stand_in import stand_in
+from vllm.model_executor.layers.fused_moe.expert_slots import layer as layer_module
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
     CudaSlotManager,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.shared_store.catalogue import (
     stores,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.weights import parts
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
     pages_of,
 )
@@ -49,13 +52,16 @@ class Way(NamedTuple):
     bytes_per_expert: int
     capability: tuple[int, int] = (8, 9)
     backend: str = "auto"
+    in_parts: bool = True
 
 
 WAYS = {
-    "fp8-block": Way("TritonExperts", _WEIGHTS + _WEIGHTS // 128**2 * 4),
-    "fp8-channel": Way("TritonExperts", _WEIGHTS + _OUTPUTS * 4),
-    "fp8-static": Way("TritonExperts", _WEIGHTS + 2 * 4),
-    "int8": Way("TritonExperts", _WEIGHTS + _OUTPUTS * 4, (8, 0)),
+    "fp8-block": Way(
+        "TritonExperts", _WEIGHTS + _WEIGHTS // 128**2 * 4, in_parts=False
+    ),
+    "fp8-channel": Way("TritonExperts", _WEIGHTS + _OUTPUTS * 4, in_parts=False),
+    "fp8-static": Way("TritonExperts", _WEIGHTS + 2 * 4, in_parts=False),
+    "int8": Way("TritonExperts", _WEIGHTS + _OUTPUTS * 4, (8, 0), in_parts=False),
     "int4-ct": Way("MarlinExperts", _WEIGHTS // 2 + _GROUPS * 2, (8, 6)),
     "int4-ct-asym": Way("MarlinExperts", _WEIGHTS // 2 + _GROUPS * 2 + _GROUPS // 2),
     "gptq": Way("MarlinExperts", _WEIGHTS // 2 + _GROUPS * 2 + _GROUPS // 2),
@@ -64,7 +70,9 @@ WAYS = {
         "TritonWNA16Experts", _WEIGHTS // 2 + _GROUPS * 2, backend="triton"
     ),
     "fp8-block by Marlin": Way("MarlinExperts", _WEIGHTS + _GROUPS * 2, (8, 6)),
-    "fp8-static by Marlin": Way("MarlinExperts", _WEIGHTS + _OUTPUTS * 2, (8, 0)),
+    "fp8-static by Marlin": Way(
+        "MarlinExperts", _WEIGHTS + _OUTPUTS * 2, (8, 0), in_parts=False
+    ),
     # Stock pads what is 128 wide outside the experts to 256.
     "mxfp4": Way(
         "MarlinExperts", _WEIGHTS + _WEIGHTS // 16 + (2 * WIDTH + 2 * HIDDEN) * 2
@@ -118,7 +126,9 @@ def checkpoint_of(tmp_path_factory):
 
 
 def stand_in_for_gpu(patch: pytest.MonkeyPatch, name: str) -> None:
+    """With so little memory that layers are processed two experts at a time."""
     stand_in(patch, WAYS[name].capability)
+    patch.setattr(parts, "PART_BYTES", 1)
     if WAYS[name].kernel == "MarlinExperts":
         stand_in_for_marlin(patch)
 
@@ -174,12 +184,19 @@ def assert_blocks_were_mapped(stock: list[tuple], slots: list[tuple]) -> None:
 
 @pytest.mark.parametrize("name", [marked(name) for name in WAYS])
 def test_the_engine_equals_stock(checkpoint_of, stock_of, monkeypatch, name):
+    """Experts that stock rearranges are processed in parts, but for those with static
+    activation scales."""
     stock = stock_of(name)
     stand_in_for_gpu(monkeypatch, name)
+    ran = Mock(wraps=parts.process_in_parts)
+    monkeypatch.setattr(layer_module, "process_in_parts", ran)
     found = ask(checkpoint_of(name), slots=4, moe_backend=WAYS[name].backend)
     assert found.outputs == stock.outputs
     assert_on_gpu_code(found.layers, name, 4)
     assert sum(layer.slot_manager.counters.staged for layer in found.layers) > 0
+    assert [len(call.args[-1]) for call in ran.mock_calls] == (
+        [EXPERTS // 2] * LAYERS if WAYS[name].in_parts else []
+    )
     if name in OF_MARLIN:
         assert_blocks_were_mapped(stock.gemms, found.gemms)
 

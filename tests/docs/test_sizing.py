@@ -9,8 +9,8 @@ import re
 import pytest
 
 from tests.support import ROOT
-from tools.sizing_models import MODELS, QUANTISED_MODELS
-from tools.sizing_table import GPUS, SMALL_GPUS
+from tools.sizing_models import LARGE_MODELS, MODELS, QUANTISED_MODELS
+from tools.sizing_table import GPUS, LARGE_GPUS, SMALL_GPUS
 
 PAGE = (ROOT / "docs" / "sizing.md").read_text(encoding="utf-8")
 TABLES = re.findall(r"(?m)^\| model \|.*\n\|[-|]+\n(?:\|.*\n)+", PAGE)
@@ -28,6 +28,7 @@ ROOM = r"\d+\.\d \+ \d+\.\d"
             rf"\d+ of \d+; {ROOM}; \d+\.\d|fits whole; {ROOM}; none|"
             r"does not fit: .+",
         ),
+        (2, LARGE_MODELS, LARGE_GPUS, rf"\d+ of \d+; {ROOM}; \d+\.\d|does not fit: .+"),
     ],
 )
 def test_the_table_is_the_one_that_is_printed(table, models, gpus, form):

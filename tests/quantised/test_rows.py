@@ -9,8 +9,9 @@ The processing runs here as it is, but for the repacking of one matrix, which is
 kernel: a function that moves every word stands in.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -30,10 +31,18 @@ from vllm.model_executor.layers.fused_moe import config as moe_config
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.ranks import (
     first_rank_of,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.weights import (
+    parts as weights_parts,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import (
     FEW,
     Bundle,
     few_experts,
+    made_alone,
+)
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.parts import (
+    parts_of,
+    process_in_parts,
 )
 
 EXPERTS, HIDDEN, WIDTH = 4, 256, 128
@@ -64,6 +73,12 @@ class Format:
     bias: bool = False
     backend: str = "marlin"
     kernel: str = "MarlinExperts"
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether a layer can be processed in parts: without activation scales of the
+        checkpoint, and without NVFP4's scales of scales."""
+        return not self.wide and "weight_scale_2" not in self.parts
 
 
 def compressed(layout: str, inputs: dict[str, Any] | None = None, **weights: Any):
@@ -204,11 +219,24 @@ def building(form: Format) -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
+def whole(layer: RoutedExperts) -> None:
+    """vLLM's processing, of all experts."""
+    layer.quant_method.process_weights_after_loading(layer)
+
+
+def of_few(layer: RoutedExperts) -> None:
+    """vLLM's processing of a few experts, as if all were stored."""
+    with few_experts(layer, torch.device("cpu")):
+        whole(layer)
+
+
 def processed(
-    form: Format, tensors: dict[str, torch.Tensor] | None = None, few: bool = False
+    form: Format,
+    tensors: dict[str, torch.Tensor] | None = None,
+    process: Callable[[RoutedExperts], None] = whole,
 ) -> Any:
     """A layer that holds `tensors`, random ones if none are given, and what they were,
-    after vLLM's processing. `few`: of a few experts, as if the others were stored."""
+    after it was processed."""
     experts = EXPERTS if tensors is None else max(map(len, tensors.values()))
     with building(form):
         layer = built(form, experts)
@@ -218,8 +246,7 @@ def processed(
             parameter.data = tensors[name].clone()
         if form.bias:
             layer._loaded_expert_biases = {"w13_bias", "w2_bias"}
-        with few_experts(layer, torch.device("cpu")) if few else nullcontext():
-            layer.quant_method.process_weights_after_loading(layer)
+        process(layer)
     kernel = layer.quant_method.moe_kernel.fused_experts
     assert type(kernel).__name__ == form.kernel
     return layer, tensors
@@ -288,7 +315,7 @@ def read_by_the_kernel(layer: RoutedExperts) -> list[torch.Tensor]:
 def check_attached(form: Format, layer: RoutedExperts, tensors: Any) -> None:
     """A layer whose experts are in a shared store has a few of ones processed. All
     that the kernel reads besides the tensors is as if all experts had been."""
-    few, _ = processed(form, tensors, few=True)
+    few, _ = processed(form, tensors, of_few)
     found, wanted = Bundle.of(few, FEW), Bundle.of(layer, EXPERTS)
     assert found.values().keys() == wanted.values().keys()
     assert {n: (t.shape[1:], t.dtype) for n, t in found.tensors().items()} == {
@@ -297,6 +324,42 @@ def check_attached(form: Format, layer: RoutedExperts, tensors: Any) -> None:
     numbers = numbers_of(layer)
     assert any(path.startswith("quant_method.moe_kernel.") for path in numbers)
     assert numbers_of(few) == numbers
+
+
+def check_in_parts(form: Format, layer: RoutedExperts, tensors: Any) -> None:
+    """A layer that is processed in parts has the same rows, and all that the kernel
+    reads besides them is as if all experts had been processed at once. Of a part
+    nothing is left when the next begins. A layer whose experts are not made alone
+    stays in one part."""
+    of_last_part: list[weakref.ref[torch.Tensor]] = []
+
+    def process(layer: RoutedExperts) -> None:
+        assert not [made for made in of_last_part if made() is not None]
+        whole(layer)
+        of_part = Bundle.of(layer, layer.local_num_experts).experts.values()
+        of_last_part[:] = [weakref.ref(t) for places in of_part for t in places]
+
+    def in_parts(layer: RoutedExperts) -> None:
+        parts = [range(2), range(2, EXPERTS)] if made_alone(layer) else [range(EXPERTS)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(weights_parts, "PART_BYTES", 1)
+            assert parts_of(layer) == parts
+        assert (len(parts) > 1) == form.in_parts
+        results.append(process_in_parts(layer, process, torch.device("cpu"), parts))
+
+    results: list[tuple[Bundle, dict[str, torch.Tensor]]] = []
+    found, _ = processed(form, tensors, in_parts)
+    wanted, [(last, homes)] = Bundle.of(layer, EXPERTS), results
+    assert not differing(homes, wanted.tensors())
+    assert not differing(last.values(), wanted.values())
+    assert numbers_of(found) == numbers_of(layer)
+    assert found.local_num_experts == EXPERTS
+    rows = {name: home.clone() for name, home in homes.items()}
+    last.set_values(last.values(), EXPERTS)
+    last.set_rows(found, rows)
+    assert {t.data_ptr() for t in read_by_the_kernel(found)} <= {
+        t.data_ptr() for t in rows.values()
+    }
 
 
 def check(form: Format, alone_differs: set[str], method: str | None = None) -> None:
@@ -320,6 +383,8 @@ def check(form: Format, alone_differs: set[str], method: str | None = None) -> N
     expected = {name: rows[expert:] for name, rows in whole.items()}
     assert differing(rows_of(one, whole), expected) == alone_differs
     check_attached(form, layer, tensors)
+    if not alone_differs:
+        check_in_parts(form, layer, tensors)
     moved = {name: rows.clone() for name, rows in whole.items()}
     bundle.set_rows(layer, moved)
     read = {tensor.data_ptr() for tensor in read_by_the_kernel(layer)}

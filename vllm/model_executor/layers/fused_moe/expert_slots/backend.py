@@ -155,8 +155,9 @@ class Backend(ABC):
         rows. None if slots cannot serve it."""
 
     @abstractmethod
-    def processing_device(self, layer: Any) -> torch.device:
-        """Where stock processes the layer's weights."""
+    def processes_on_device(self, layer: Any) -> bool:
+        """Whether stock rearranges the layer's experts, and needs the device for it. If
+        not, they are processed in host memory, or left as they are."""
 
     @abstractmethod
     def memory(self, device: torch.device) -> Memory:

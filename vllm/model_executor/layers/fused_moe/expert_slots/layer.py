@@ -54,6 +54,10 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import
     host_tensor,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.memory import Memory
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.parts import (
+    parts_of,
+    process_in_parts,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.store import ExpertStore
 
@@ -228,19 +232,19 @@ class ExpertSlotsMixin(_Layer):
             if shared is not None and shared.ready
             else None
         )
-        bundle = self._processed(stored)
-        layer_wide = bundle.values()
         if stored is None:
-            homes = bundle.tensors()
-            if shared is None:
-                homes = own_pages(homes) if self._backend.pins else homes
-            else:
+            bundle, homes = self._processed()
+            layer_wide = bundle.values()
+            if shared is not None:
                 mapped = shared.add(self.layer_name, homes | layer_wide)
                 homes = {name: mapped[name] for name in homes}
+            elif self._backend.pins:
+                homes = own_pages(homes)
         else:
+            bundle = self._processed_elsewhere(stored)
             check_stored(stored, bundle, self.layer_name)
             homes = {name: stored[name] for name in bundle.experts}
-            layer_wide = {name: stored[name].clone() for name in layer_wide}
+            layer_wide = {name: stored[name].clone() for name in bundle.values()}
         store = ExpertStore(homes)
         if shared is not None:
             for tensor in homes.values():
@@ -256,20 +260,36 @@ class ExpertSlotsMixin(_Layer):
         self._use(rows)
         self.shared_store = None
 
-    def _processed(self, stored: dict[str, torch.Tensor] | None) -> Bundle:
-        """Has stock process the experts that were read, or a few if they are `stored`
-        in a shared store as they were processed once."""
-        device = self._backend.processing_device(self)
-        if stored is None:
-            for parameter in self.parameters(recurse=False):
-                if parameter.device.type == "cpu":  # and not the router's
-                    parameter.data = parameter.data.to(device)
-            self._process_weights(self)
-            return Bundle.of(self, self.local_num_experts)
+    @property
+    def _processing_device(self) -> torch.device:
+        on_device = self._backend.processes_on_device(self)
+        return torch.device(self.moe_config.device if on_device else "cpu")
+
+    def _processed(self) -> tuple[Bundle, dict[str, torch.Tensor]]:
+        """Has stock process the experts that were read.
+
+        Returns:
+            The layer's tensors, and those of all its experts: [E, ...] each.
+        """
+        parts = parts_of(self) if self._backend.processes_on_device(self) else []
+        if len(parts) > 1:
+            return process_in_parts(
+                self, self._process_weights, self._processing_device, parts
+            )
+        for parameter in self.parameters(recurse=False):
+            if parameter.device.type == "cpu":  # and not the router's
+                parameter.data = parameter.data.to(self._processing_device)
+        self._process_weights(self)
+        bundle = Bundle.of(self, self.local_num_experts)
+        return bundle, bundle.tensors()
+
+    def _processed_elsewhere(self, stored: dict[str, torch.Tensor]) -> Bundle:
+        """Has stock process a few experts, for its kernel: those of the layer are
+        `stored` as they were processed once."""
         # What stock notes while it reads biases.
         biases: Any = self._loaded_expert_biases
         biases.update(name for name in stored if name.endswith("_bias"))
-        with few_experts(self, device):
+        with few_experts(self, self._processing_device):
             self._process_weights(self)
         return Bundle.of(self, FEW)
 

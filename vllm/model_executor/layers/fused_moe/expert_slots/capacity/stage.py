@@ -124,7 +124,7 @@ def _moe_layer(
         parameters = parameters_of_experts(layer).items()
         rows = tuple((name, p[0].nbytes) for name, p in parameters)
     else:
-        on_gpu = backend.processing_device(layer).type != "cpu"
+        on_gpu = backend.processes_on_device(layer)
         rows, peak = processed(layer, known)
         peak = peak if on_gpu else 0
     share = layer.local_num_experts / layer.global_num_experts

@@ -43,8 +43,8 @@ class CPUBackend(Backend):
         known = experts_cls.__name__ in CPU_EXPERTS_CLASSES
         return SlottedCPUExperts if known else None
 
-    def processing_device(self, layer: Any) -> torch.device:
-        return torch.device("cpu")
+    def processes_on_device(self, layer: Any) -> bool:
+        return False
 
     def memory(self, device: torch.device) -> Memory:
         return CPUMemory()

@@ -65,7 +65,7 @@ class CudaBackend(Backend):
     def slotted(self, experts_cls: type) -> type | None:
         return SERVED.get(experts_cls.__name__)
 
-    def processing_device(self, layer: Any) -> torch.device:
+    def processes_on_device(self, layer: Any) -> bool:
         # Stock leaves unquantised experts as they are, and for its Triton kernel those
         # with a scale for each block or channel. To the others it does on a GPU what it
         # does.
@@ -78,7 +78,7 @@ class CudaBackend(Backend):
                 if "_scale" in name
             )
         )
-        return torch.device("cpu" if unchanged else layer.moe_config.device)
+        return not unchanged
 
     def memory(self, device: torch.device) -> Memory:
         if reason := pinning_objection():

@@ -9,8 +9,8 @@ for each expert belongs to the experts. A single value, expanded or not, is the 
 all experts. Anything else that is not known stops the start.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,10 @@ _BEFORE_PROCESSING = {
 }
 """Activation scales. A checkpoint has one for each expert, and processing leaves their
 maximum."""
+
+_MADE_OF_ALL = {"w13_weight_scale_2", "w2_weight_scale_2"} | _USED_UP
+"""NVFP4's scales of scales: in bfloat16 processing scales all experts of a layer by one
+factor."""
 
 FEW = 2
 """Experts of a layer whose processing is tried (`few_experts`). With one expert, a
@@ -183,22 +187,56 @@ def parameters_of_experts(layer: Any) -> dict[str, torch.nn.Parameter]:
     }
 
 
-@contextmanager
-def few_experts(layer: Any, device: torch.device) -> Iterator[None]:
+def made_alone(layer: Any) -> bool:
+    """Whether stock's processing makes the rows of an expert, and what holds for all
+    experts, without looking at the others. Of a layer that has not been processed."""
+    names = {name for name, _ in layer.named_parameters(recurse=False)}
+    return names.isdisjoint(_BEFORE_PROCESSING | _MADE_OF_ALL)
+
+
+def few_experts(layer: Any, device: torch.device) -> AbstractContextManager[None]:
     """Within, stock's processing sees a layer of `FEW` experts on `device`, with ones
     for weights. What it makes has the rows, and the kernel, of the whole layer."""
+
+    def ones(rows: torch.Tensor, of_experts: bool) -> torch.Tensor:
+        shape = (FEW, *rows.shape[1:]) if of_experts else rows.shape
+        return torch.ones(shape, dtype=rows.dtype, device=device)
+
+    return _seen_with(layer, FEW, ones)
+
+
+def chosen_experts(
+    layer: Any, device: torch.device, chosen: range
+) -> AbstractContextManager[None]:
+    """Within, stock's processing sees a layer of the `chosen` experts, copied to
+    `device`."""
+
+    def copied(rows: torch.Tensor, of_experts: bool) -> torch.Tensor:
+        return (rows[chosen.start : chosen.stop] if of_experts else rows).to(device)
+
+    return _seen_with(layer, len(chosen), copied)
+
+
+@contextmanager
+def _seen_with(
+    layer: Any, count: int, values: Callable[[torch.Tensor, bool], torch.Tensor]
+) -> Iterator[None]:
+    """Within, the layer has `count` experts. The parameters stay changed.
+
+    Args:
+        values: what a parameter becomes, by its value and whether it has a row for each
+            expert.
+    """
     experts = layer.local_num_experts
     made: dict[int, torch.nn.Parameter] = {}
     for name, parameter in layer._parameters.items():
         if parameter is None or name in _OF_THE_ROUTER:
             continue
         if id(parameter) not in made:
-            shape = list(parameter.shape)
-            if shape and shape[0] == experts:
-                shape[0] = FEW
-            ones = torch.ones(shape, dtype=parameter.dtype, device=device)
-            made[id(parameter)] = few = torch.nn.Parameter(ones, requires_grad=False)
-            vars(few).update(vars(parameter))
+            of_experts = parameter.dim() > 0 and parameter.shape[0] == experts
+            value = values(parameter.data, of_experts)
+            made[id(parameter)] = new = torch.nn.Parameter(value, requires_grad=False)
+            vars(new).update(vars(parameter))
         layer._parameters[name] = made[id(parameter)]
     counts = [
         *((layer, name) for name in ("num_experts", "local_num_experts")),
@@ -208,7 +246,7 @@ def few_experts(layer: Any, device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name in counts:
             if getattr(owner, name, None) == experts:
-                stack.enter_context(replaced(owner, name, FEW))
+                stack.enter_context(replaced(owner, name, count))
         yield
 
 
