@@ -235,14 +235,14 @@ def test_experts_count_as_they_are_processed(answers, name):
 
 
 def test_processing_counts_while_the_weights_are_loaded(answers):
-    """GPTQ is turned twice, then packed, and vLLM holds all four: of half a layer,
-    which is processed at a time. Unquantised experts, and FP8 where Triton runs it,
-    stay in host memory."""
+    """GPTQ is turned twice, then packed, and vLLM holds all four: of 128 MiB of a
+    layer, which are processed at a time, and of one expert more. Unquantised experts,
+    and FP8 where Triton runs it, stay in host memory."""
     assert plan_of(answers["eager"])["processing_bytes"] == 0
     assert plan_of(answers["fp8"])["processing_bytes"] == 0
     gptq = plan_of(answers["auto_gptq"])["processing_bytes"]
-    assert 128 << 20 < 64 * BYTES["auto_gptq"] < 256 << 20
-    assert gptq / (64 * BYTES["auto_gptq"]) == pytest.approx(4, rel=0.02)
+    at_a_time = (128 << 20) // BYTES["auto_gptq"]
+    assert gptq / (at_a_time + 1) / BYTES["auto_gptq"] == pytest.approx(4, rel=0.02)
 
 
 def test_a_slot_for_every_expert_is_stocks_way(answers):

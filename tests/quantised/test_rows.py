@@ -9,10 +9,11 @@ The processing runs here as it is, but for the repacking of one matrix, which is
 kernel: a function that moves every word stands in.
 """
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +39,6 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import (
     FEW,
     Bundle,
     few_experts,
-    made_alone,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.parts import (
     parts_of,
@@ -171,16 +171,19 @@ def without_a_gpu(monkeypatch):
     monkeypatch.setattr(MarlinExperts, "_supports_current_device", lambda: True)
 
 
-def built(form: Format, experts: int) -> RoutedExperts:
-    """A layer as vLLM builds it, before its checkpoint is read."""
+def built(form: Format, experts: int, ranks: int = 1) -> RoutedExperts:
+    """A layer as vLLM builds it, before its checkpoint is read; of several ranks of
+    expert parallelism, with `experts` each, the last."""
     parallel = moe_config.FusedMoEParallelConfig.make_no_parallel()
+    if ranks > 1:
+        parallel = replace(parallel, use_ep=True, ep_size=ranks, ep_rank=ranks - 1)
     config = moe_config.FusedMoEConfig(
-        num_experts=experts,
+        num_experts=ranks * experts,
         experts_per_token=1,
         hidden_dim=HIDDEN,
         intermediate_size=WIDTH,
         num_local_experts=experts,
-        num_logical_experts=experts,
+        num_logical_experts=ranks * experts,
         activation=MoEActivation.SILU,
         device="cpu",
         routing_method=moe_config.RoutingMethodType.Renormalize,
@@ -192,7 +195,7 @@ def built(form: Format, experts: int) -> RoutedExperts:
     manager = ExpertMapManager(
         max_num_batched_tokens=16,
         top_k=1,
-        global_num_experts=experts,
+        global_num_experts=ranks * experts,
         num_redundant_experts=0,
         num_expert_group=None,
         moe_parallel_config=parallel,
@@ -234,12 +237,13 @@ def processed(
     form: Format,
     tensors: dict[str, torch.Tensor] | None = None,
     process: Callable[[RoutedExperts], None] = whole,
+    ranks: int = 1,
 ) -> Any:
     """A layer that holds `tensors`, random ones if none are given, and what they were,
     after it was processed."""
     experts = EXPERTS if tensors is None else max(map(len, tensors.values()))
     with building(form):
-        layer = built(form, experts)
+        layer = built(form, experts, ranks)
         if tensors is None:
             tensors = random_tensors(layer)
         for name, parameter in layer.named_parameters(recurse=False):
@@ -326,29 +330,36 @@ def check_attached(form: Format, layer: RoutedExperts, tensors: Any) -> None:
     assert numbers_of(few) == numbers
 
 
-def check_in_parts(form: Format, layer: RoutedExperts, tensors: Any) -> None:
+def check_in_parts(form: Format, tensors: Any, ranks: int) -> None:
     """A layer that is processed in parts has the same rows, and all that the kernel
     reads besides them is as if all experts had been processed at once. Of a part
-    nothing is left when the next begins. A layer whose experts are not made alone
-    stays in one part."""
+    nothing is left when the next begins, though no garbage is collected. A layer whose
+    experts are not made alone stays in one part."""
     of_last_part: list[weakref.ref[torch.Tensor]] = []
 
     def process(layer: RoutedExperts) -> None:
         assert not [made for made in of_last_part if made() is not None]
+        for parameter in layer.parameters(recurse=False):
+            parameter.data = parameter.data.clone()  # as a copy to a GPU would be
         whole(layer)
         of_part = Bundle.of(layer, layer.local_num_experts).experts.values()
         of_last_part[:] = [weakref.ref(t) for places in of_part for t in places]
 
     def in_parts(layer: RoutedExperts) -> None:
-        parts = [range(2), range(2, EXPERTS)] if made_alone(layer) else [range(EXPERTS)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(weights_parts, "PART_BYTES", 1)
-            assert parts_of(layer) == parts
-        assert (len(parts) > 1) == form.in_parts
-        results.append(process_in_parts(layer, process, torch.device("cpu"), parts))
+            parts = parts_of(layer)
+        assert len(parts) == (2 if form.in_parts else 1)
+        gc.disable()
+        try:
+            results.append(process_in_parts(layer, process, torch.device("cpu"), parts))
+        finally:
+            gc.enable()
 
     results: list[tuple[Bundle, dict[str, torch.Tensor]]] = []
-    found, _ = processed(form, tensors, in_parts)
+    layer, _ = processed(form, tensors, ranks=ranks)
+    found, _ = processed(form, tensors, in_parts, ranks)
+    assert layer.global_num_experts == ranks * EXPERTS
     wanted, [(last, homes)] = Bundle.of(layer, EXPERTS), results
     assert not differing(homes, wanted.tensors())
     assert not differing(last.values(), wanted.values())
@@ -384,7 +395,8 @@ def check(form: Format, alone_differs: set[str], method: str | None = None) -> N
     assert differing(rows_of(one, whole), expected) == alone_differs
     check_attached(form, layer, tensors)
     if not alone_differs:
-        check_in_parts(form, layer, tensors)
+        for ranks in (1, 2):
+            check_in_parts(form, tensors, ranks)
     moved = {name: rows.clone() for name, rows in whole.items()}
     bundle.set_rows(layer, moved)
     read = {tensor.data_ptr() for tensor in read_by_the_kernel(layer)}

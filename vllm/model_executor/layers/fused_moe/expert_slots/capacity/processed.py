@@ -21,7 +21,9 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import (
     Bundle,
     few_experts,
 )
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.parts import parts_of
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.parts import (
+    experts_at_a_time,
+)
 
 
 class Processed(NamedTuple):
@@ -31,8 +33,9 @@ class Processed(NamedTuple):
         rows: names of the per-expert tensors, and the bytes of one expert in each.
         peak_bytes: the most that the processing of a part of the layer's experts holds
             at a time: as they were read, as they become, and what lies between. An
-            upper bound: what stock holds for one expert at a time counts for half of
-            the part.
+            upper bound: one expert more counts, for what operators hold of the expert
+            that they work on, and what stock holds for one expert at a time counts for
+            half of the part.
     """
 
     rows: tuple[tuple[str, int], ...]
@@ -60,13 +63,13 @@ def processed(layer: RoutedExperts, known: dict[Any, Processed]) -> Processed:
         ),
     )
     if key not in known:
-        at_a_time, cpu = max(map(len, parts_of(layer))), torch.device("cpu")
+        at_a_time, cpu = experts_at_a_time(layer), torch.device("cpu")
         with cpu, _shapes_alone(), few_experts(layer, cpu):
             with LiveBytes(layer.parameters(recurse=False)) as live:
                 method.process_weights_after_loading(layer)
             bundle = Bundle.of(layer, FEW)
         rows = tuple((name, t[0].nbytes) for name, t in bundle.tensors().items())
-        known[key] = Processed(rows, live.peak * at_a_time // FEW)
+        known[key] = Processed(rows, live.peak * (at_a_time + 1) // FEW)
     return known[key]
 
 

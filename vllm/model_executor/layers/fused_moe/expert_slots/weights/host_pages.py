@@ -33,6 +33,7 @@ _libc.mmap.argtypes = [
     ctypes.c_long,
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -189,6 +190,29 @@ def pages_of(tensor: torch.Tensor) -> HostPages | None:
     """The pages at whose start `tensor` lies, or None if it has no pages of its
     own."""
     return _pages.get(tensor.data_ptr()) if tensor.device.type == "cpu" else None
+
+
+def forget_rows(tensor: torch.Tensor, rows: range) -> None:
+    """Gives the operating system the memory of some rows of a tensor on pages of its
+    own, which are zero from now on; what shares a page with other rows stays. Does
+    nothing if the tensor has no pages of its own.
+
+    Args:
+        tensor: [R, ...], of `host_tensor`.
+        rows: within R.
+    """
+    pages = pages_of(tensor)
+    if pages is None:
+        return
+    row_bytes = tensor.nbytes // len(tensor)
+    begin = -(-rows.start * row_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = rows.stop * row_bytes
+    if rows.stop < len(tensor):
+        end = end // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end and _libc.madvise(
+        pages.address + begin, end - begin, mmap.MADV_DONTNEED
+    ):
+        raise _refused(end - begin, "given back")
 
 
 def host_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

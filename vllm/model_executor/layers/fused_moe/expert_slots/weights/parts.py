@@ -5,10 +5,12 @@ largest models are larger than a GPU's memory."""
 
 from collections.abc import Callable
 from itertools import pairwise
+from math import ceil
 from typing import Any
 
 import torch
 
+from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import (
     FEW,
     Bundle,
@@ -17,28 +19,37 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import (
     parameters_of_experts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
+    forget_rows,
     host_tensor,
 )
 
 PART_BYTES = 128 << 20
-"""About the bytes of a part, as it was read. A window of the checkpoint has as many."""
+"""The most bytes of a part, as it was read, if that is at least `FEW` + 1 experts. A
+window of the checkpoint has as many."""
 
 _TORCHS = ("_parameters", "_buffers", "_modules")
 
 
-def parts_of(layer: Any) -> list[range]:
-    """The experts of a layer in parts of about the same size; in one part if an expert
-    cannot be processed without the others.
+def experts_at_a_time(layer: Any) -> int:
+    """The most experts that a part of a layer has, and those of a layer with fewer
+    experts of the same size: all if an expert cannot be processed without the others.
 
     Args:
         layer: a `RoutedExperts` that has not been processed, on any device.
     """
     experts = layer.local_num_experts
     if not made_alone(layer):
-        return [range(experts)]
+        return experts
     read = sum(p.nbytes for p in parameters_of_experts(layer).values())
-    at_least = max(FEW, PART_BYTES * experts // read)
-    count = max(1, experts // at_least)
+    # With one more than FEW, no number of experts leaves a part with less than FEW.
+    return min(experts, max(FEW + 1, PART_BYTES * experts // read))
+
+
+def parts_of(layer: Any) -> list[range]:
+    """The experts of a layer in parts of about the same size, `experts_at_a_time` at
+    most and no less than `FEW`."""
+    experts = layer.local_num_experts
+    count = ceil(experts / experts_at_a_time(layer))
     ends = [experts * part // count for part in range(count + 1)]
     return [range(*part) for part in pairwise(ends)]
 
@@ -49,7 +60,7 @@ def process_in_parts(
     device: torch.device,
     parts: list[range],
 ) -> tuple[Bundle, dict[str, torch.Tensor]]:
-    """Processes a layer's experts, which were read into host memory.
+    """Processes a layer's experts, which were read into host memory. They are lost.
 
     Args:
         layer: a `RoutedExperts`. Afterwards it is as if it had the last part alone.
@@ -60,10 +71,16 @@ def process_in_parts(
     Returns:
         The layer's tensors, with the last part's experts; and those of all experts, by
         the same names, in host memory: [E, ...] each.
+
+    Raises:
+        MoEPrefetchError: parts became different tensors, or have different values that
+            hold for all experts.
     """
     owners = (layer, layer.quant_method)
     read = [_copied(vars(owner)) for owner in owners]
+    experts = [p.data for p in parameters_of_experts(layer).values()]
     homes: dict[str, torch.Tensor] = {}
+    values: dict[str, torch.Tensor] = {}
     for part in parts:
         # What the part before was made into is freed here, before the next is made.
         for owner, state in zip(owners, read, strict=True):
@@ -73,14 +90,49 @@ def process_in_parts(
         with chosen_experts(layer, device, part):
             process(layer)
         bundle = Bundle.of(layer, len(part))
-        for name, rows in bundle.tensors().items():
-            if name not in homes:
-                shape = (parts[-1].stop, *rows.shape[1:])
-                homes[name] = host_tensor(shape, rows.dtype)
-            homes[name][part.start : part.stop].copy_(rows)
-            del rows
+        made = bundle.tensors()
+        if not homes:
+            homes = {
+                name: host_tensor((parts[-1].stop, *rows.shape[1:]), rows.dtype)
+                for name, rows in made.items()
+            }
+            values = bundle.values()
+        _check_alike(layer, made, homes, bundle.values(), values)
+        for name, home in homes.items():
+            home[part.start : part.stop].copy_(made[name])
+        del made
+        for tensor in experts:
+            forget_rows(tensor, part)
     assert bundle is not None
     return bundle, homes
+
+
+def _check_alike(
+    layer: Any,
+    made: dict[str, torch.Tensor],
+    homes: dict[str, torch.Tensor],
+    values: dict[str, torch.Tensor],
+    first_values: dict[str, torch.Tensor],
+) -> None:
+    """Checks that a part became what the first part did.
+
+    Raises:
+        MoEPrefetchError: it did not.
+    """
+    rows, first_rows = (
+        {name: (t.shape[1:], t.dtype) for name, t in tensors.items()}
+        for tensors in (made, homes)
+    )
+    same = values.keys() == first_values.keys() and all(
+        torch.equal(values[name], first_values[name]) for name in values
+    )
+    if rows != first_rows or not same:
+        raise MoEPrefetchError(
+            f"{layer.layer_name}: {type(layer.quant_method).__name__} made other "
+            "tensors, or other values that hold for all experts, of some experts than "
+            "of others, so they cannot be processed in parts. Serve without "
+            "--moe-gpu-prefetch."
+        )
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
