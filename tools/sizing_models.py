@@ -185,11 +185,13 @@ def _deepseek_v3() -> PretrainedConfig:
         n_group=8,
         topk_group=4,
         first_k_dense_replace=3,
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
         max_position_embeddings=163840,
     )
 
 
-def _kimi_k2() -> PretrainedConfig:
+def _kimi_k2_thinking() -> PretrainedConfig:
     return DeepseekV3Config(
         architectures=["DeepseekV3ForCausalLM"],
         vocab_size=163840,
@@ -207,7 +209,9 @@ def _kimi_k2() -> PretrainedConfig:
         n_group=1,
         topk_group=1,
         first_k_dense_replace=1,
-        max_position_embeddings=131072,
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        max_position_embeddings=262144,
     )
 
 
@@ -254,12 +258,12 @@ QUANTISED_MODELS: dict[str, Callable[[], PretrainedConfig]] = {
 
 LARGE_MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "DeepSeek-V3, INT4 (AWQ)": lambda: _quantised(
-        _deepseek_v3(), QUANTISED["auto_awq"], "mlp.gate."
+        _deepseek_v3(), QUANTISED["auto_awq"], "lm_head"
     ),
     "DeepSeek-V3, FP8 (blocks)": lambda: _quantised(
         _deepseek_v3(), QUANTISED["fp8"], "lm_head"
     ),
-    "Kimi-K2, INT4 (compressed-tensors)": lambda: _quantised(_kimi_k2(), _INT4_EXPERTS),
+    "Kimi-K2-Thinking, INT4": lambda: _quantised(_kimi_k2_thinking(), _INT4_EXPERTS),
 }
 
 

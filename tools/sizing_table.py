@@ -27,7 +27,7 @@ SMALL_GPUS = ("RTX 3060", "RTX 4060 Ti 16GB", "RTX 3090", "RTX 4090")
 FEW_OPTIONS = ("--max-model-len", "8192", "--max-num-seqs", "4")
 """For the other tables: the owner of one small GPU serves few requests at a time."""
 
-LARGE_GPUS = ("RTX 4090", "RTX 5090", "RTX A6000", "A100-80")
+LARGE_GPUS = ("RTX 5090", "RTX A6000", "A100-80", "RTX PRO 6000")
 
 
 def write(name: str, directory: Path) -> Path:

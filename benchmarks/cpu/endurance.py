@@ -48,6 +48,9 @@ minutes."""
 SETTLED_S = 3
 """After the last request: its connection is closed, its blocks are free."""
 
+CLOSED_S = 30
+"""In which a server closes the last connections."""
+
 OTHER_CONNECTIONS = 8
 """Connections that a client has closed and the server has not yet."""
 
@@ -109,7 +112,7 @@ async def endure(
         await load.run(seconds)
     took = time.monotonic() - begin
     await asyncio.sleep(SETTLED_S)
-    after, end = server.metrics(), vitals(server)
+    after, end = server.metrics(), await _settled(server, idle)
     moved = {name: value - before.get(name, 0) for name, value in after.items()}
     wrong = list(load.tally.wrong)
     findings = Findings(load.tally, warm_up + took, idle, samples, end, moved, wrong)
@@ -119,6 +122,17 @@ async def endure(
     if any(name.startswith("vllm:moe_prefetch") for name in after):
         findings.faults += _slots_faults(server)
     return findings
+
+
+async def _settled(server: Server, idle: Vitals) -> Vitals:
+    """Once no connection is open that was not there before, on a busy machine up to
+    `CLOSED_S` later."""
+    until = time.monotonic() + CLOSED_S
+    while (end := vitals(server)).descriptors > idle.descriptors:
+        if time.monotonic() > until:
+            break
+        await asyncio.sleep(1)
+    return end
 
 
 def _vitals_faults(findings: Findings, clients: int) -> list[str]:

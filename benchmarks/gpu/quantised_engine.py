@@ -28,8 +28,8 @@ PROMPT_TOKENS = 8
 STOCK_RUNS = 3
 SIZES = {"HIDDEN": 512, "WIDTH": 1024}
 PART_BYTES = 4 << 20
-"""Of a layer, processed at a time: some of these small models' layers have three
-parts."""
+"""Of a layer, processed at a time: layers of these small models have four parts or
+more."""
 
 SLACK = 1 << 20
 """Bytes that torch's allocator may round up while a layer is processed."""

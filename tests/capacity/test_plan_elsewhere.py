@@ -4,19 +4,18 @@
 engine there refuses."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from transformers import Dots1Config
 
 from tests.support.command_line import moe_prefetch
+from tests.support.plan_elsewhere import ask
 from tests.support.published_formats import BYTES, QUANTISED, QUARK_STATIC
+from tools.sizing_models import QUANTISED_MODELS
 from tools.sizing_table import (
     FEW_OPTIONS,
+    LARGE_GPUS,
     OPTIONS,
     SMALL_GPUS,
     cell,
@@ -29,37 +28,9 @@ from vllm.plugins.moe_gpu_prefetch.command.gpu_elsewhere import GPUS, gpu_called
 QUANTISED_CELLS = [
     ("RTX 3060", "gpt-oss-20b, MXFP4"),
     ("RTX 3090", "Qwen3-30B-A3B, FP8 (blocks)"),
+    ("RTX A6000", "DeepSeek-V3, INT4 (AWQ)"),
 ]
 SIZING = Path(__file__).resolve().parents[2] / "docs" / "sizing.md"
-
-ASK = """
-import json, os, sys
-from pathlib import Path
-sys.argv = ["vllm-moe-prefetch", "plan", "--gpu", "4090"]
-from vllm.plugins.moe_gpu_prefetch.command import gpu_elsewhere
-GPUS = gpu_elsewhere.GPUS
-gpu_elsewhere.pretend(gpu_elsewhere.gpu_called("4090"))
-from vllm.plugins.moe_gpu_prefetch.command import main as command
-place = Path(sys.stdin.readline().strip())
-for number, arguments in enumerate(json.loads(sys.stdin.read())):
-    if os.fork() == 0:
-        for descriptor, name in ((1, "out"), (2, "err")):
-            file = os.open(place / f"{number}.{name}", os.O_CREAT | os.O_WRONLY)
-            os.dup2(file, descriptor)
-        gpu = arguments.pop(0) if arguments and arguments[0] in GPUS else "RTX 4090"
-        gpu_elsewhere.pretended = gpu_elsewhere.gpu_called(gpu)
-        sys.argv = ["vllm-moe-prefetch", "plan", "--gpu", gpu, *arguments]
-        command.main()
-    status = os.waitstatus_to_exitcode(os.wait()[1])
-    (place / f"{number}.status").write_text(str(status))
-"""
-"""Asks many questions of one process: importing vLLM for each takes seconds."""
-
-
-class Answer(NamedTuple):
-    status: int
-    out: str
-    err: str
 
 
 def configured(directory, name, model="Qwen3-30B-A3B", **changes):
@@ -140,22 +111,7 @@ def answers(tmp_path_factory):
         path = str(write(model, place))
         questions[f"{model} on {gpu}"] = [gpu, path, "--json", *FEW_OPTIONS]
         questions[f"{model} on {gpu}"] += ["--slots", "auto"]
-    subprocess.run(
-        [sys.executable, "-c", ASK],
-        input=f"{place}\n{json.dumps(list(questions.values()))}",
-        text=True,
-        check=True,
-        timeout=600,
-        env={**os.environ, "VLLM_CONFIGURE_LOGGING": "0"},
-    )
-
-    def answer(number):
-        status, out, err = (
-            place / f"{number}.{part}" for part in ("status", "out", "err")
-        )
-        return Answer(int(status.read_text()), out.read_text(), err.read_text())
-
-    return {name: answer(number) for number, name in enumerate(questions)}
+    return ask(questions, place)
 
 
 def plan_of(answer):
@@ -343,4 +299,25 @@ def test_a_cell_of_the_table_in_the_docs(tmp_path):
 def test_cells_of_quantised_models_in_the_docs(answers, gpu, model):
     """Also where a GPU has no FP8 in hardware, so that experts take other bytes."""
     printed = quantised_cell(plan_of(answers[f"{model} on {gpu}"]))
-    assert row_of_the_docs(model)[SMALL_GPUS.index(gpu)] == printed
+    gpus = SMALL_GPUS if model in QUANTISED_MODELS else LARGE_GPUS
+    assert row_of_the_docs(model)[gpus.index(gpu)] == printed
+
+
+def test_latent_attention_takes_more_than_its_parameters(answers):
+    """vLLM keeps the projection of the latent in bfloat16 beside the quantised one, and
+    makes keys and values of 64k tokens of context in its profile run."""
+    plan = plan_of(answers["DeepSeek-V3, INT4 (AWQ) on RTX A6000"])
+    hidden, heads, projection = 7168, 128, 512 * 128 * 256
+    attention = (
+        hidden * 1536
+        + 1536 * heads * 192
+        + hidden * 576
+        + projection
+        + heads * 128 * hidden
+    )
+    int4 = 61 * attention + 3 * 3 * hidden * 18432 + 58 * 3 * hidden * 2048
+    bfloat16 = 61 * projection + 2 * 129280 * hidden + 58 * 256 * hidden
+    weights = int4 * (1 / 2 + 2 / 128 + 1 / 256) + 2 * bfloat16
+    assert plan["other_weight_bytes"] == pytest.approx(weights, rel=0.01)
+    context = 8 * 8192 * heads * 256 * 2
+    assert plan["activation_bytes"] == context + 4 * 129280 * 20

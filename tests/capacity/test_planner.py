@@ -124,8 +124,8 @@ def test_auto_is_the_largest_n_that_leaves_the_kv_cache_its_room(
 
 
 def test_quantised_experts_must_fit_while_they_are_processed():
-    """One layer at a time, beside weights, slots and staging, and before anything else
-    is there. Not where every expert has its slot: those layers are stock's."""
+    """Beside weights, slots and staging, and before anything else is there. Not where
+    every expert has its slot: those layers are stock's."""
     asked = planner(4 * GIB, processing_bytes=2 * GIB)
     assert asked.plan(16).processing_bytes == 2 * GIB
     assert asked.plan(16).kv_cache_bytes == planner(4 * GIB).plan(16).kv_cache_bytes
@@ -135,8 +135,8 @@ def test_quantised_experts_must_fit_while_they_are_processed():
     with pytest.raises(
         MoEPrefetchError,
         match=r"N=13 needs 4\.01 GiB while it is loaded \(0\.51 GiB slots, 0\.50 GiB "
-        r"staging, 1\.00 GiB other weights, 2\.00 GiB at most to process the quantised "
-        r"experts of one layer\), there are the GPU. The largest N that fits is 12",
+        r"staging, 1\.00 GiB other weights, 2\.00 GiB at most to process quantised "
+        r"experts\), there are the GPU. The largest N that fits is 12",
     ):
         asked.refuse(largest + 1, largest + 1)
     whole = planner(20 * GIB, processing_bytes=90 * GIB)

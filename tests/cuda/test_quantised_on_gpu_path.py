@@ -17,7 +17,6 @@ from functools import cache
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -28,7 +27,6 @@ from tests.support.fp8_checkpoints import FP8_FORMATS, INPUT_SCALES
 from tests.support.marlin_engine import stand_in_for_marlin
 from tests.support.quantised import EXPERTS, LAYERS, make_quantised, make_twin
 from tests.support.stand_in import stand_in
-from vllm.model_executor.layers.fused_moe.expert_slots import layer as layer_module
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.manager import (
     CudaSlotManager,
 )
@@ -40,6 +38,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import FEW
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
     pages_of,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.parts import parts_of
 
 PROMPTS = ["You may reproduce and distribute", "Licensor shall"]
 HIDDEN, WIDTH = 128, 256
@@ -54,16 +53,14 @@ class Way(NamedTuple):
     bytes_per_expert: int
     capability: tuple[int, int] = (8, 9)
     backend: str = "auto"
-    in_parts: bool = True
+    parts: int = ceil(EXPERTS / (FEW + 1))
 
 
 WAYS = {
-    "fp8-block": Way(
-        "TritonExperts", _WEIGHTS + _WEIGHTS // 128**2 * 4, in_parts=False
-    ),
-    "fp8-channel": Way("TritonExperts", _WEIGHTS + _OUTPUTS * 4, in_parts=False),
-    "fp8-static": Way("TritonExperts", _WEIGHTS + 2 * 4, in_parts=False),
-    "int8": Way("TritonExperts", _WEIGHTS + _OUTPUTS * 4, (8, 0), in_parts=False),
+    "fp8-block": Way("TritonExperts", _WEIGHTS + _WEIGHTS // 128**2 * 4, parts=0),
+    "fp8-channel": Way("TritonExperts", _WEIGHTS + _OUTPUTS * 4, parts=0),
+    "fp8-static": Way("TritonExperts", _WEIGHTS + 2 * 4, parts=1),
+    "int8": Way("TritonExperts", _WEIGHTS + _OUTPUTS * 4, (8, 0), parts=0),
     "int4-ct": Way("MarlinExperts", _WEIGHTS // 2 + _GROUPS * 2, (8, 6)),
     "int4-ct-asym": Way("MarlinExperts", _WEIGHTS // 2 + _GROUPS * 2 + _GROUPS // 2),
     "gptq": Way("MarlinExperts", _WEIGHTS // 2 + _GROUPS * 2 + _GROUPS // 2),
@@ -73,7 +70,7 @@ WAYS = {
     ),
     "fp8-block by Marlin": Way("MarlinExperts", _WEIGHTS + _GROUPS * 2, (8, 6)),
     "fp8-static by Marlin": Way(
-        "MarlinExperts", _WEIGHTS + _OUTPUTS * 2, (8, 0), in_parts=False
+        "MarlinExperts", _WEIGHTS + _OUTPUTS * 2, (8, 0), parts=1
     ),
     # Stock pads what is 128 wide outside the experts to 256.
     "mxfp4": Way(
@@ -186,19 +183,23 @@ def assert_blocks_were_mapped(stock: list[tuple], slots: list[tuple]) -> None:
 
 @pytest.mark.parametrize("name", [marked(name) for name in WAYS])
 def test_the_engine_equals_stock(checkpoint_of, stock_of, monkeypatch, name):
-    """Experts that stock rearranges are processed in parts, but for those with static
-    activation scales."""
+    """Experts that stock rearranges are processed in parts, those with static
+    activation scales in one, the others in host memory."""
     stock = stock_of(name)
     stand_in_for_gpu(monkeypatch, name)
-    ran = Mock(wraps=parts.process_in_parts)
-    monkeypatch.setattr(layer_module, "process_in_parts", ran)
+    divided: list[int] = []
+
+    def noted(layer) -> list[range]:
+        found = parts_of(layer)
+        divided.append(len(found))
+        return found
+
+    monkeypatch.setattr(parts, "parts_of", noted)
     found = ask(checkpoint_of(name), slots=4, moe_backend=WAYS[name].backend)
     assert found.outputs == stock.outputs
     assert_on_gpu_code(found.layers, name, 4)
     assert sum(layer.slot_manager.counters.staged for layer in found.layers) > 0
-    assert [len(call.args[-1]) for call in ran.mock_calls] == (
-        [ceil(EXPERTS / (FEW + 1))] * LAYERS if WAYS[name].in_parts else []
-    )
+    assert divided == ([WAYS[name].parts] * LAYERS if WAYS[name].parts else [])
     if name in OF_MARLIN:
         assert_blocks_were_mapped(stock.gemms, found.gemms)
 

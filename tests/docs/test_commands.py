@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -262,7 +263,7 @@ def test_the_server_takes_the_request(command):
     if path == "collective_rpc":
         assert callable(getattr(ExpertSlotsWorkerExtension, body["method"]))
         return
-    kinds = {
+    kinds: dict[str, Any] = {
         "v1/chat/completions": ChatCompletionRequest,
         "v1/completions": CompletionRequest,
     }

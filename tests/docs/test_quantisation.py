@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExpert
 
 from tests.cuda import test_quantised_on_gpu_path as gpu_path
 from tests.quantised import test_engine, test_rows
-from tests.support import ROOT, moe_formats
+from tests.support import ROOT, moe_formats, processed_layers
 from tests.support.named_tests import is_there
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.processed import (
     processed,
@@ -149,8 +149,8 @@ def test_the_bytes_are_those_of_vllms_processing(monkeypatch, name):
     """For Marlin, of which vLLM makes other tensors than the checkpoint has."""
     form = test_rows.FORMATS[SHOWN[name][2]]
     monkeypatch.setattr(MarlinExperts, "_supports_current_device", lambda: True)
-    monkeypatch.setattr(test_rows, "HIDDEN", HIDDEN)
-    monkeypatch.setattr(test_rows, "WIDTH", WIDTH)
+    monkeypatch.setattr(processed_layers, "HIDDEN", HIDDEN)
+    monkeypatch.setattr(processed_layers, "WIDTH", WIDTH)
     config = VllmConfig()
     config.model_config = SimpleNamespace(quantization_config=None)
     alone = SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1)
@@ -159,7 +159,7 @@ def test_the_bytes_are_those_of_vllms_processing(monkeypatch, name):
     try:
         with set_current_vllm_config(config), first_rank_of(0, alone):
             with torch.device("meta"):
-                layer = test_rows.built(form, 4)
+                layer = processed_layers.built(form, 4)
             if form.bias:
                 layer._loaded_expert_biases = {"w13_bias", "w2_bias"}
             made = processed(layer, {}).rows

@@ -16,5 +16,5 @@ def test_a_cycle_ends():
     def second():
         pass
 
-    first.__wrapped__, second.__wrapped__ = second, first
+    vars(first)["__wrapped__"], vars(second)["__wrapped__"] = second, first
     assert list(islice(_wraps(first), 5)) == [first, second]

@@ -32,15 +32,13 @@ from tests.quantised.test_rows import (
     NVFP4,
     PACKED,
     PLAIN,
-    Format,
-    building,
-    built,
     check,
     compressed,
     modelopt,
     names,
     without_a_gpu,
 )
+from tests.support.processed_layers import Format, building, built
 from vllm.model_executor.layers.fused_moe.expert_slots.refusals import formats
 
 __all__ = ["without_a_gpu"]

@@ -229,6 +229,8 @@ class FakeVirtualMemory(FakeContext):
 
 
 class _Physical:
+    rdma = False
+
     def __init__(self, size: int):
         self.size = size
         self.descriptor = os.memfd_create("fake-gpu")

@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The rule that finds a layer's experts: every tensor is placed or stops the start."""
 
+from typing import Any
+
 import pytest
 import torch
 from vllm.model_executor.layers.fused_moe.config import (
@@ -40,6 +42,10 @@ class Experts:
 
 class Method:
     __module__ = "vllm.model_executor.layers.quantization.somewhere"
+    num_experts: int
+    moe_quant_config: Any
+    experts: Any
+    moe_kernel: Any
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@
 loaders, into layers of stock's classes."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.coverage import (
     watching,
 )
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "whole": {},
     "first of two ranks": {"ranks": 2},
     "second of two ranks": {"ranks": 2, "rank": 1},

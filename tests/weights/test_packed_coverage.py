@@ -4,6 +4,7 @@
 
 from fractions import Fraction
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def packed(parts):
 
 FP8, INT, F32 = torch.float8_e4m3fn, torch.int32, torch.float32
 WEIGHT = {"weight": (FP8, (WIDTH, HIDDEN), (HIDDEN, WIDTH))}
-PACKED = {
+PACKED: dict[str, tuple[Any, dict[str, Any]]] = {
     "fp8, a scale each": (fp8(None), WEIGHT | {"weight_scale": (F32, (), ())}),
     "fp8, a scale each in a list": (
         fp8(None),

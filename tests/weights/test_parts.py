@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
+from vllm.model_executor.layers.fused_moe.expert_slots.weights import parts
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import FEW
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
     forget_rows,
@@ -54,9 +55,9 @@ def layer_of(experts: int, expert_bytes: int, device="meta", **more: torch.Tenso
     ],
 )
 def test_parts_are_alike_and_hold_about_the_same_bytes(experts, expert_bytes, sizes):
-    parts = parts_of(layer_of(experts, expert_bytes))
-    assert sorted(map(len, parts)) == sizes
-    assert [expert for part in parts for expert in part] == list(range(experts))
+    found = parts_of(layer_of(experts, expert_bytes))
+    assert sorted(map(len, found)) == sizes
+    assert [expert for part in found for expert in part] == list(range(experts))
 
 
 @pytest.mark.parametrize("expert_bytes", [600 << 10, 2 << 20, 30 << 20, 70 << 20])
@@ -95,10 +96,14 @@ def doubled(layer) -> None:
     layer.scale = parameter(torch.tensor([0.5]))
 
 
-PARTS = [range(2), range(2, 4), range(4, 6)]
+@pytest.fixture
+def of_two(monkeypatch):
+    """Parts of two experts each."""
+    pairs = [range(2), range(2, 4), range(4, 6)]
+    monkeypatch.setattr(parts, "parts_of", lambda layer: pairs)
 
 
-def test_a_part_is_a_layer_of_its_experts():
+def test_a_part_is_a_layer_of_its_experts(of_two):
     """With the router's tensors and all that is not of an expert. What was read of the
     parts before takes no memory."""
     bias, shared = torch.arange(6.0), torch.tensor([5.0])
@@ -119,11 +124,12 @@ def test_a_part_is_a_layer_of_its_experts():
         assert layer.shared.tolist() == [5.0]
         assert not hasattr(layer.quant_method, "processed")
         seen.append(layer.w13_weight[:, 0].tolist())
+        assert layer.w2_weight.data_ptr() != before["w2_weight"].data_ptr()
         left = before["w2_weight"].data[:, -1].tolist()
         assert left == [0] * (seen[-1][0] - 1) + list(range(seen[-1][0], 7))
         doubled(layer)
 
-    bundle, homes = process_in_parts(layer, process, torch.device("cpu"), PARTS)
+    bundle, homes = process_in_parts(layer, process, torch.device("cpu"))
     assert seen == [[1, 2], [3, 4], [5, 6]]
     assert homes.keys() == bundle.experts.keys() == {"w13_weight", "w2_weight"}
     assert torch.equal(homes["w13_weight"], read * 2)
@@ -140,11 +146,12 @@ def test_a_part_is_a_layer_of_its_experts():
         lambda layer: setattr(layer, "w13_weight", parameter(layer.w13_weight.int())),
         lambda layer: setattr(layer, "w13_weight", parameter(layer.w13_weight[:, :1])),
         lambda layer: layer.scale.data.add_(1),
+        lambda layer: setattr(layer, "scale", parameter(layer.scale.double())),
         lambda layer: setattr(layer, "other", parameter(torch.ones(1))),
     ],
-    ids=["tensor", "dtype", "shape", "value", "name of a value"],
+    ids=["tensor", "dtype", "shape", "value", "type of a value", "name of a value"],
 )
-def test_parts_that_differ_are_refused(otherwise):
+def test_parts_that_differ_are_refused(of_two, otherwise):
     """What stock made of all experts, though we thought that it does not, must not be
     served."""
     layer = layer_of(6, 8, "cpu")
@@ -160,11 +167,11 @@ def test_parts_that_differ_are_refused(otherwise):
             layer.w13_weight.data = layer.w13_weight.data.contiguous()
 
     with pytest.raises(MoEPrefetchError, match=r"^model\.layers\.0.*in parts\. Serve"):
-        process_in_parts(layer, process, torch.device("cpu"), PARTS)
+        process_in_parts(layer, process, torch.device("cpu"))
 
 
 def test_rows_are_forgotten_by_whole_pages():
-    """A page that holds other rows, too, stays until these are forgotten."""
+    """A page that rows of two ranges share stays."""
     page = mmap.PAGESIZE
     tensor = host_tensor((6, page * 3 // 4), torch.uint8).fill_(7)
     forget_rows(tensor, range(2))

@@ -55,7 +55,6 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.memory import Memory
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.parts import (
-    parts_of,
     process_in_parts,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.rows import ExpertRows
@@ -241,7 +240,7 @@ class ExpertSlotsMixin(_Layer):
             elif self._backend.pins:
                 homes = own_pages(homes)
         else:
-            bundle = self._processed_elsewhere(stored)
+            bundle = self._processed_few(stored)
             check_stored(stored, bundle, self.layer_name)
             homes = {name: stored[name] for name in bundle.experts}
             layer_wide = {name: stored[name].clone() for name in bundle.values()}
@@ -271,19 +270,15 @@ class ExpertSlotsMixin(_Layer):
         Returns:
             The layer's tensors, and those of all its experts: [E, ...] each.
         """
-        parts = parts_of(self) if self._backend.processes_on_device(self) else []
-        if len(parts) > 1:
+        if self._backend.processes_on_device(self):
             return process_in_parts(
-                self, self._process_weights, self._processing_device, parts
+                self, self._process_weights, self._processing_device
             )
-        for parameter in self.parameters(recurse=False):
-            if parameter.device.type == "cpu":  # and not the router's
-                parameter.data = parameter.data.to(self._processing_device)
         self._process_weights(self)
         bundle = Bundle.of(self, self.local_num_experts)
         return bundle, bundle.tensors()
 
-    def _processed_elsewhere(self, stored: dict[str, torch.Tensor]) -> Bundle:
+    def _processed_few(self, stored: dict[str, torch.Tensor]) -> Bundle:
         """Has stock process a few experts, for its kernel: those of the layer are
         `stored` as they were processed once."""
         # What stock notes while it reads biases.

@@ -33,6 +33,12 @@ CAPACITY = (
         deferred=True,
     ),
     relied_on(
+        "vllm.model_executor.layers.attention.mla_attention:MLAAttention",
+        "its attributes kv_b_proj, kv_lora_rank, num_heads, qk_nope_head_dim, "
+        "v_head_dim and chunked_prefill_workspace_size say what MLA takes beside its "
+        "parameters",
+    ),
+    relied_on(
         "vllm.utils.system_utils:get_mp_context",
         "starts the process that makes the plan as vLLM starts its own",
     ),

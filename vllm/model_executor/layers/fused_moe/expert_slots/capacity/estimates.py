@@ -19,15 +19,19 @@ _GRAPH_BYTES_PER_LAYER = 384 << 10
 as measured in vLLM issue 50780."""
 
 
-def activation_bytes(vllm_config: VllmConfig, layers: list[Any]) -> int:
+def activation_bytes(
+    vllm_config: VllmConfig, layers: list[Any], context_bytes: int = 0
+) -> int:
     """Bytes of the intermediates of the largest batch: one layer's and the sampler's.
 
     A layer holds the input and output of both expert GEMMs for every (token, k), and
-    some tensors around them. Torch keeps what either of layer and sampler has freed, in
-    blocks that may not serve the other, so the two add up.
+    some tensors around them; or, before that, the context of MLA. Torch keeps what
+    either of layer and sampler has freed, in blocks that may not serve the other, so
+    the two add up.
 
     Args:
         layers: the `RoutedExperts` of one rank.
+        context_bytes: of `mla.context_bytes`, of the layer that has the most.
     """
     model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config
     dtype: Any = model_config.dtype  # vLLM has settled it
@@ -42,7 +46,7 @@ def activation_bytes(vllm_config: VllmConfig, layers: list[Any]) -> int:
     )
     entries = scheduler.max_num_batched_tokens * (routed + _LAYER_TENSORS * hidden)
     logits = scheduler.max_num_seqs * model_config.get_vocab_size()
-    return entries * width + logits * _SAMPLER_BYTES
+    return max(entries * width, context_bytes) + logits * _SAMPLER_BYTES
 
 
 def rows_per_sequence(vllm_config: VllmConfig) -> int:

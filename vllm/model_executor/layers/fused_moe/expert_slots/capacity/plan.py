@@ -84,7 +84,8 @@ class Footprint:
 
     Attributes:
         layers: the MoE layers of this rank.
-        other_weight_bytes: every parameter and buffer except the routed experts.
+        other_weight_bytes: every parameter and buffer except the routed experts, and
+            what MLA keeps beside its own.
         kv_sequence_bytes: KV cache of one sequence of `max_model_len`.
         kv_block_bytes: one block of the KV cache; vLLM reserves one.
         activation_bytes: intermediates of the largest batch, an estimate
@@ -121,8 +122,8 @@ class Footprint:
         return experts + self.other_weight_bytes + self.overhead_bytes
 
     def processing_bytes(self, slots: int) -> int:
-        """What the GPU holds while stock processes one layer: the largest that has
-        fewer slots than experts. The others are stock's, as without slots."""
+        """What the GPU holds while stock processes experts of a layer that has fewer
+        slots than experts, at most. The other layers are stock's, as without slots."""
         return max(
             (
                 layer.processing_bytes
@@ -196,7 +197,7 @@ class CapacityPlan:
         graph_bytes: CUDA graphs.
         library_bytes: workspaces of libraries, kernels, fragmentation.
         processing_bytes: what quantised experts take beside weights, slots and staging
-            while one layer of them is processed, before there is a KV cache: at most.
+            while some of a layer are processed, before there is a KV cache: at most.
         kv_cache_bytes: the KV cache that there is room for.
         kv_sequences: sequences of `max_model_len` that it holds.
         host_bytes: the host stores of one machine.

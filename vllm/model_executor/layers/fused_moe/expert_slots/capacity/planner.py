@@ -291,8 +291,8 @@ class CapacityPlanner:
             f"needs {gib(total)} while it is loaded ({gib(rank.slot_bytes(slots))} "
             f"slots, {gib(rank.staging_bytes(slots, limits.page))} staging, "
             f"{gib(rank.other_weight_bytes)} other weights, "
-            f"{gib(rank.processing_bytes(slots))} at most to process the quantised "
-            f"experts of one layer), there are {limits.gpu_limit}"
+            f"{gib(rank.processing_bytes(slots))} at most to process quantised "
+            f"experts), there are {limits.gpu_limit}"
         )
 
     def _host_bytes(self, slots: int) -> int:

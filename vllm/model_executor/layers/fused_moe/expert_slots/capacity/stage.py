@@ -27,6 +27,11 @@ from vllm.model_executor.layers.fused_moe.expert_slots.capacity.estimates import
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.host_tables import (
     HostTables,
 )
+from vllm.model_executor.layers.fused_moe.expert_slots.capacity.mla import (
+    context_bytes,
+    mla_layers,
+    projection_bytes,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.plan import (
     Footprint,
     MoELayer,
@@ -97,14 +102,17 @@ def measure_stage(
         tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
         others = [t for i, t in tensors.items() if i not in experts]
         kv_sequence, kv_block = _kv_cache_bytes(vllm_config)
+        latent = mla_layers(model)
+        context = max((context_bytes(layer, dtype) for layer in latent), default=0)
         objection = model_objection(model, backend)
         known = None if objection else dict[Any, Processed]()
         footprint = Footprint(
             layers=tuple(_moe_layer(layer, backend, known) for layer in layers),
-            other_weight_bytes=sum(t.nbytes for t in others if not tables.hold(t)),
+            other_weight_bytes=sum(t.nbytes for t in others if not tables.hold(t))
+            + sum(projection_bytes(layer, dtype) for layer in latent),
             kv_sequence_bytes=kv_sequence,
             kv_block_bytes=kv_block,
-            activation_bytes=activation_bytes(vllm_config, layers),
+            activation_bytes=activation_bytes(vllm_config, layers, context),
             graph_bytes=graph_bytes(vllm_config),
             host_table_bytes=tables.num_bytes,
         )

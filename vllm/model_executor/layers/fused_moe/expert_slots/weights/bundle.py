@@ -58,7 +58,7 @@ _BEFORE_PROCESSING = {
 """Activation scales. A checkpoint has one for each expert, and processing leaves their
 maximum."""
 
-_MADE_OF_ALL = {"w13_weight_scale_2", "w2_weight_scale_2"} | _USED_UP
+_SCALES_OF_ALL = {"w13_weight_scale_2", "w2_weight_scale_2"} | _USED_UP
 """NVFP4's scales of scales: in bfloat16 processing scales all experts of a layer by one
 factor."""
 
@@ -191,7 +191,7 @@ def made_alone(layer: Any) -> bool:
     """Whether stock's processing makes the rows of an expert, and what holds for all
     experts, without looking at the others. Of a layer that has not been processed."""
     names = {name for name, _ in layer.named_parameters(recurse=False)}
-    return names.isdisjoint(_BEFORE_PROCESSING | _MADE_OF_ALL)
+    return names.isdisjoint(_BEFORE_PROCESSING | _SCALES_OF_ALL)
 
 
 def few_experts(layer: Any, device: torch.device) -> AbstractContextManager[None]:
@@ -212,7 +212,8 @@ def chosen_experts(
     `device`."""
 
     def copied(rows: torch.Tensor, of_experts: bool) -> torch.Tensor:
-        return (rows[chosen.start : chosen.stop] if of_experts else rows).to(device)
+        rows = rows[chosen.start : chosen.stop] if of_experts else rows
+        return rows.to(device, copy=True)
 
     return _seen_with(layer, len(chosen), copied)
 

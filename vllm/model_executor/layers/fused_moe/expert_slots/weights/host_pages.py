@@ -194,8 +194,8 @@ def pages_of(tensor: torch.Tensor) -> HostPages | None:
 
 def forget_rows(tensor: torch.Tensor, rows: range) -> None:
     """Gives the operating system the memory of some rows of a tensor on pages of its
-    own, which are zero from now on; what shares a page with other rows stays. Does
-    nothing if the tensor has no pages of its own.
+    own. Whole pages are zero from now on; a page with other rows on it stays. Does
+    nothing if the tensor has no pages of its own, or if the system refuses.
 
     Args:
         tensor: [R, ...], of `host_tensor`.
@@ -209,10 +209,8 @@ def forget_rows(tensor: torch.Tensor, rows: range) -> None:
     end = rows.stop * row_bytes
     if rows.stop < len(tensor):
         end = end // mmap.PAGESIZE * mmap.PAGESIZE
-    if begin < end and _libc.madvise(
-        pages.address + begin, end - begin, mmap.MADV_DONTNEED
-    ):
-        raise _refused(end - begin, "given back")
+    if begin < end:
+        _libc.madvise(pages.address + begin, end - begin, mmap.MADV_DONTNEED)
 
 
 def host_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -27,7 +27,7 @@ PART_BYTES = 128 << 20
 """The most bytes of a part, as it was read, if that is at least `FEW` + 1 experts. A
 window of the checkpoint has as many."""
 
-_TORCHS = ("_parameters", "_buffers", "_modules")
+_TORCH_STATE = ("_parameters", "_buffers", "_modules")
 
 
 def experts_at_a_time(layer: Any) -> int:
@@ -55,10 +55,7 @@ def parts_of(layer: Any) -> list[range]:
 
 
 def process_in_parts(
-    layer: Any,
-    process: Callable[[Any], None],
-    device: torch.device,
-    parts: list[range],
+    layer: Any, process: Callable[[Any], None], device: torch.device
 ) -> tuple[Bundle, dict[str, torch.Tensor]]:
     """Processes a layer's experts, which were read into host memory. They are lost.
 
@@ -66,7 +63,6 @@ def process_in_parts(
         layer: a `RoutedExperts`. Afterwards it is as if it had the last part alone.
         process: stock's processing.
         device: on which stock processes.
-        parts: of `parts_of`.
 
     Returns:
         The layer's tensors, with the last part's experts; and those of all experts, by
@@ -80,8 +76,8 @@ def process_in_parts(
     read = [_copied(vars(owner)) for owner in owners]
     experts = [p.data for p in parameters_of_experts(layer).values()]
     homes: dict[str, torch.Tensor] = {}
-    values: dict[str, torch.Tensor] = {}
-    for part in parts:
+    first_values: dict[str, torch.Tensor] = {}
+    for part in parts_of(layer):
         # What the part before was made into is freed here, before the next is made.
         for owner, state in zip(owners, read, strict=True):
             vars(owner).clear()
@@ -89,20 +85,20 @@ def process_in_parts(
         bundle = None
         with chosen_experts(layer, device, part):
             process(layer)
+        for tensor in experts:
+            forget_rows(tensor, part)
         bundle = Bundle.of(layer, len(part))
-        made = bundle.tensors()
+        made, values = bundle.tensors(), bundle.values()
         if not homes:
             homes = {
-                name: host_tensor((parts[-1].stop, *rows.shape[1:]), rows.dtype)
-                for name, rows in made.items()
+                name: host_tensor((layer.local_num_experts, *t.shape[1:]), t.dtype)
+                for name, t in made.items()
             }
-            values = bundle.values()
-        _check_alike(layer, made, homes, bundle.values(), values)
+            first_values = values
+        _check_alike(layer, made, homes, values, first_values)
         for name, home in homes.items():
             home[part.start : part.stop].copy_(made[name])
         del made
-        for tensor in experts:
-            forget_rows(tensor, part)
     assert bundle is not None
     return bundle, homes
 
@@ -124,7 +120,9 @@ def _check_alike(
         for tensors in (made, homes)
     )
     same = values.keys() == first_values.keys() and all(
-        torch.equal(values[name], first_values[name]) for name in values
+        value.dtype == first_values[name].dtype
+        and torch.equal(value, first_values[name])
+        for name, value in values.items()
     )
     if rows != first_rows or not same:
         raise MoEPrefetchError(
@@ -138,4 +136,4 @@ def _check_alike(
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
     """An object's attributes, with copies of those in which torch keeps parameters,
     buffers and modules."""
-    return state | {name: state[name].copy() for name in _TORCHS if name in state}
+    return state | {name: state[name].copy() for name in _TORCH_STATE if name in state}
