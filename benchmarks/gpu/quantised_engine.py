@@ -32,7 +32,7 @@ PART_BYTES = 4 << 20
 more."""
 
 SLACK = 1 << 20
-"""Bytes that torch's allocator may round up while a layer is processed."""
+"""Bytes of small tensors that stock may keep of a layer."""
 
 
 def measure_quantised(request: Row) -> Row:
@@ -49,7 +49,7 @@ def measure_quantised(request: Row) -> Row:
 
     slots = {"slots": request["slots"]} if "slots" in request else {}
     seen: Row = {}
-    with processing_watched(seen), replaced(parts, "PART_BYTES", PART_BYTES):
+    with processing_watched(seen):
         llm = start(
             checkpoint(request["quantised"]),
             enable_prefix_caching=False,
@@ -128,8 +128,9 @@ def plain_bytes(rows: ExpertRows) -> int:
 @contextmanager
 def processing_watched(seen: Row) -> Iterator[None]:
     """Within, the start of an engine with slots on a GPU notes what the processing of
-    its layers held at most, beside what the capacity plan reserves for it. Rows are
-    mapped memory, or so small that they are plain tensors; nothing else may stay."""
+    its layers held at most, beside what the capacity plan reserves for it, and in how
+    many parts it was done. Rows are mapped memory, or so small that they are plain
+    tensors; nothing else may stay."""
     if not torch.cuda.is_available():
         yield
         return
@@ -137,15 +138,25 @@ def processing_watched(seen: Row) -> Iterator[None]:
     peaks: list[int] = []
     left: list[int] = []
     planned: list[Any] = []
+    divided: list[int] = []
+    divide = parts.parts_of
+
+    def requested(moment: str) -> int:
+        """Bytes of tensors, without what the allocator rounds up."""
+        return torch.cuda.memory_stats()[f"requested_bytes.all.{moment}"]
 
     def watched(self: Any, layer: torch.nn.Module) -> None:
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = requested("current")
         make(self, layer)
         plain = plain_bytes(self.slot_manager.rows)
-        peaks.append(torch.cuda.max_memory_allocated() - before - plain)
+        peaks.append(requested("peak") - before - plain)
         gc.collect()
-        left.append(torch.cuda.memory_allocated() - before - plain)
+        left.append(requested("current") - before - plain)
+
+    def noted(layer: Any) -> list[range]:
+        divided.append(len(found := divide(layer)))
+        return found
 
     def measured(*args: Any, **kwargs: Any) -> Any:
         planned.append(measure(*args, **kwargs))
@@ -154,6 +165,8 @@ def processing_watched(seen: Row) -> Iterator[None]:
     with (
         replaced(ExpertSlotsMixin, "_process_then_make_slots", watched),
         replaced(start_up, "measure", measured),
+        replaced(parts, "PART_BYTES", PART_BYTES),
+        replaced(parts, "parts_of", noted),
     ):
         yield
     seen["processing"] = {"processing within the plan": False}
@@ -164,6 +177,7 @@ def processing_watched(seen: Row) -> Iterator[None]:
     seen["processing"] = {
         "MB of processing": max(peaks) / 1e6,
         "MB planned for it": reserved / 1e6,
+        "parts of a layer": max(divided, default=0),
         "processing within the plan": max(peaks) <= reserved + SLACK
         and max(left) <= SLACK,
     }

@@ -24,11 +24,13 @@ from benchmarks.gpu import (
 from tests.support import ROOT
 from tests.support import quantised as checkpoints
 from tests.support.without_amx import gates_open, kernel_is_here
+from tests.weights.test_parts import layer_of
 from vllm.model_executor.layers.fused_moe.expert_slots.cuda.marlin_experts import (
     _blocks_mapped,
     mapping_blocks,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.layer import ExpertSlotsMixin
+from vllm.model_executor.layers.fused_moe.expert_slots.weights import parts
 from vllm.plugins.moe_gpu_prefetch import start as start_up
 
 PASSED = {name: True for name in quantised.CHECKS if "processing" not in name}
@@ -185,12 +187,18 @@ def test_the_memory_of_processing(monkeypatch, peak, stays, right):
     )
     plain = quantised_engine.plain_bytes(rows)
     assert plain == tensors["scale"].nbytes
-    held = iter([5000, 5000 + stays + plain])
+    held = iter([5000, 5000 + peak + plain, 5000 + stays + plain])
+
+    def stats():
+        found = next(held)
+        return {
+            f"requested_bytes.all.{moment}": found for moment in ("current", "peak")
+        }
+
     for name, value in (
         ("is_available", lambda: True),
         ("reset_peak_memory_stats", lambda: None),
-        ("memory_allocated", lambda: next(held)),
-        ("max_memory_allocated", lambda: 5000 + peak + plain),
+        ("memory_stats", stats),
     ):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(quantised_engine, "SLACK", 50)
@@ -198,8 +206,11 @@ def test_the_memory_of_processing(monkeypatch, peak, stays, right):
     monkeypatch.setattr(
         start_up, "measure", lambda: SimpleNamespace(footprints=[footprint])
     )
+    layer_of_16 = layer_of(16, 3 * 512 * 1024 // 2)
     monkeypatch.setattr(
-        ExpertSlotsMixin, "_process_then_make_slots", lambda self, layer: None
+        ExpertSlotsMixin,
+        "_process_then_make_slots",
+        lambda self, layer: parts.parts_of(layer_of_16),
     )
     seen = {}
     slotted = SimpleNamespace(slot_manager=SimpleNamespace(rows=rows))
@@ -207,6 +218,7 @@ def test_the_memory_of_processing(monkeypatch, peak, stays, right):
         start_up.measure()
         ExpertSlotsMixin._process_then_make_slots(slotted, torch.nn.Module())
     assert seen["processing"]["processing within the plan"] is right
+    assert seen["processing"]["parts of a layer"] == 4
     with quantised_engine.processing_watched(seen):
         pass  # nothing was planned or processed
     assert seen["processing"] == {"processing within the plan": False}
