@@ -40,3 +40,27 @@ def test_the_table_is_the_one_that_is_printed(table, models, gpus, form):
     for _, *cells in rows:
         assert len(cells) == len(gpus)
         assert all(re.fullmatch(form, cell) for cell in cells), cells
+
+
+def test_the_figures_of_the_readme_are_the_tables():
+    """The smallest GPU in whose column a large model fits, and its experts' GiB."""
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    (said,) = re.findall(
+        r"gpt-oss-120b fits a GPU of (\d+) GB, with (\d+) GiB of experts in host "
+        r"memory, and DeepSeek-V3 in INT4 one of (\d+) GB, with (\d+)\.",
+        readme,
+    )
+    found = []
+    for table, model in ((1, "gpt-oss-120b, MXFP4"), (2, "DeepSeek-V3, INT4 (AWQ)")):
+        head, _, *rows = (
+            line.strip("| ").split(" | ") for line in TABLES[table].splitlines()
+        )
+        (cells,) = (cells for name, *cells in rows if name == model)
+        gpu, cell = next(
+            (gpu, cell)
+            for gpu, cell in zip(head[1:], cells, strict=True)
+            if not cell.startswith("does not fit")
+        )
+        gigabytes = {"RTX 3060": 12, "RTX A6000": 48}[gpu]
+        found += [gigabytes, round(float(cell.rpartition("; ")[2]))]
+    assert [int(number) for number in said] == found
