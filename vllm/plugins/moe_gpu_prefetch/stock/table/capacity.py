@@ -39,6 +39,10 @@ CAPACITY = (
         "parameters",
     ),
     relied_on(
+        "vllm.model_executor.layers.linear:UnquantizedLinearMethod",
+        "has a `kv_b_proj` of which vLLM makes no copy",
+    ),
+    relied_on(
         "vllm.utils.system_utils:get_mp_context",
         "starts the process that makes the plan as vLLM starts its own",
     ),
