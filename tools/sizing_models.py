@@ -54,40 +54,32 @@ _FP8_CHANNELS = {
 }
 
 
-def _qwen3_30b_a3b() -> PretrainedConfig:
+def _qwen3_moe(
+    hidden: int, layers: int, heads: int, width: int, expert_width: int
+) -> PretrainedConfig:
     return Qwen3MoeConfig(
         architectures=["Qwen3MoeForCausalLM"],
         vocab_size=151936,
-        hidden_size=2048,
-        num_hidden_layers=48,
-        num_attention_heads=32,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         num_key_value_heads=4,
         head_dim=128,
-        intermediate_size=6144,
-        moe_intermediate_size=768,
+        intermediate_size=width,
+        moe_intermediate_size=expert_width,
         num_experts=128,
         num_experts_per_tok=8,
         max_position_embeddings=40960,
         tie_word_embeddings=False,
     )
+
+
+def _qwen3_30b_a3b() -> PretrainedConfig:
+    return _qwen3_moe(2048, layers=48, heads=32, width=6144, expert_width=768)
 
 
 def _qwen3_235b_a22b() -> PretrainedConfig:
-    return Qwen3MoeConfig(
-        architectures=["Qwen3MoeForCausalLM"],
-        vocab_size=151936,
-        hidden_size=4096,
-        num_hidden_layers=94,
-        num_attention_heads=64,
-        num_key_value_heads=4,
-        head_dim=128,
-        intermediate_size=12288,
-        moe_intermediate_size=1536,
-        num_experts=128,
-        num_experts_per_tok=8,
-        max_position_embeddings=40960,
-        tie_word_embeddings=False,
-    )
+    return _qwen3_moe(4096, layers=94, heads=64, width=12288, expert_width=1536)
 
 
 def _gemma_4_26b_a4b() -> PretrainedConfig:
@@ -167,52 +159,44 @@ def _mixtral_8x7b() -> PretrainedConfig:
     )
 
 
-def _deepseek_v3() -> PretrainedConfig:
+def _deepseek(
+    vocabulary: int,
+    heads: int,
+    experts: int,
+    groups: int,
+    groups_used: int,
+    dense_layers: int,
+    positions: int,
+) -> PretrainedConfig:
     return DeepseekV3Config(
         architectures=["DeepseekV3ForCausalLM"],
-        vocab_size=129280,
+        vocab_size=vocabulary,
         hidden_size=7168,
         intermediate_size=18432,
         moe_intermediate_size=2048,
         num_hidden_layers=61,
-        num_attention_heads=128,
-        num_key_value_heads=128,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         q_lora_rank=1536,
         kv_lora_rank=512,
-        n_routed_experts=256,
+        n_routed_experts=experts,
         n_shared_experts=1,
         num_experts_per_tok=8,
-        n_group=8,
-        topk_group=4,
-        first_k_dense_replace=3,
+        n_group=groups,
+        topk_group=groups_used,
+        first_k_dense_replace=dense_layers,
         scoring_func="sigmoid",
         topk_method="noaux_tc",
-        max_position_embeddings=163840,
+        max_position_embeddings=positions,
     )
+
+
+def _deepseek_v3() -> PretrainedConfig:
+    return _deepseek(129280, 128, 256, 8, 4, dense_layers=3, positions=163840)
 
 
 def _kimi_k2_thinking() -> PretrainedConfig:
-    return DeepseekV3Config(
-        architectures=["DeepseekV3ForCausalLM"],
-        vocab_size=163840,
-        hidden_size=7168,
-        intermediate_size=18432,
-        moe_intermediate_size=2048,
-        num_hidden_layers=61,
-        num_attention_heads=64,
-        num_key_value_heads=64,
-        q_lora_rank=1536,
-        kv_lora_rank=512,
-        n_routed_experts=384,
-        n_shared_experts=1,
-        num_experts_per_tok=8,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-        scoring_func="sigmoid",
-        topk_method="noaux_tc",
-        max_position_embeddings=262144,
-    )
+    return _deepseek(163840, 64, 384, 1, 1, dense_layers=1, positions=262144)
 
 
 def _quantised(

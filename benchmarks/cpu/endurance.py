@@ -128,9 +128,9 @@ async def _settled(server: Server, idle: Vitals) -> Vitals:
     """Once no connection is open that was not there before, on a busy machine up to
     `CLOSED_S` later."""
     until = time.monotonic() + CLOSED_S
-    while (end := vitals(server)).descriptors > idle.descriptors:
-        if time.monotonic() > until:
-            break
+    while (end := vitals(server)).descriptors > idle.descriptors and (
+        time.monotonic() < until
+    ):
         await asyncio.sleep(1)
     return end
 

@@ -4,11 +4,9 @@
 an expert are those of vLLM's own processing."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts
 
 from tests.cuda import test_quantised_on_gpu_path as gpu_path
@@ -17,9 +15,6 @@ from tests.support import ROOT, moe_formats, processed_layers
 from tests.support.named_tests import is_there
 from vllm.model_executor.layers.fused_moe.expert_slots.capacity.processed import (
     processed,
-)
-from vllm.model_executor.layers.fused_moe.expert_slots.capacity.ranks import (
-    first_rank_of,
 )
 from vllm.model_executor.layers.fused_moe.expert_slots.cpu.experts import (
     CPU_EXPERTS_CLASSES,
@@ -151,19 +146,11 @@ def test_the_bytes_are_those_of_vllms_processing(monkeypatch, name):
     monkeypatch.setattr(MarlinExperts, "_supports_current_device", lambda: True)
     monkeypatch.setattr(processed_layers, "HIDDEN", HIDDEN)
     monkeypatch.setattr(processed_layers, "WIDTH", WIDTH)
-    config = VllmConfig()
-    config.model_config = SimpleNamespace(quantization_config=None)
-    alone = SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(form.dtype)
-    try:
-        with set_current_vllm_config(config), first_rank_of(0, alone):
-            with torch.device("meta"):
-                layer = processed_layers.built(form, 4)
-            if form.bias:
-                layer._loaded_expert_biases = {"w13_bias", "w2_bias"}
-            made = processed(layer, {}).rows
-    finally:
-        torch.set_default_dtype(default)
+    with processed_layers.building(form):
+        with torch.device("meta"):
+            layer = processed_layers.built(form, 4)
+        if form.bias:
+            layer._loaded_expert_biases = {"w13_bias", "w2_bias"}
+        made = processed(layer, {}).rows
     formula = rows()[name][-2]
     assert sum(size for _, size in made) == value(formula, HIDDEN, WIDTH)

@@ -175,6 +175,13 @@ class Bundle:
                 raise _refused(layer, path, tensor, "was not moved to the slots")
 
 
+def kinds_of_rows(
+    tensors: dict[str, torch.Tensor],
+) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and type of an expert's row in each of the tensors [E, ...]."""
+    return {name: (t.shape[1:], t.dtype) for name, t in tensors.items()}
+
+
 def parameters_of_experts(layer: Any) -> dict[str, torch.nn.Parameter]:
     """The parameters of a layer that has not been processed which hold its experts:
     [E, ...] each. Of several names of a parameter the first one."""

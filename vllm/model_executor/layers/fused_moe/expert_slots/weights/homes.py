@@ -6,7 +6,10 @@ shared store."""
 import torch
 
 from vllm.model_executor.layers.fused_moe.expert_slots.config import MoEPrefetchError
-from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import Bundle
+from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import (
+    Bundle,
+    kinds_of_rows,
+)
 from vllm.model_executor.layers.fused_moe.expert_slots.weights.host_pages import (
     host_tensor,
     pages_of,
@@ -39,10 +42,8 @@ def check_stored(
         MoEPrefetchError: it is not.
     """
     values = bundle.values()
-    needed = {name: (t.shape[1:], t.dtype) for name, t in bundle.tensors().items()}
-    found = {
-        name: (t.shape[1:], t.dtype) for name, t in stored.items() if name not in values
-    }
+    needed = kinds_of_rows(bundle.tensors())
+    found = kinds_of_rows({n: t for n, t in stored.items() if n not in values})
     if found != needed or not values.keys() <= stored.keys():
         raise MoEPrefetchError(
             f"the shared store holds {layer_name} as {_in_words(found)}, this model "

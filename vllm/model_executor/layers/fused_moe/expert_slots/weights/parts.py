@@ -15,6 +15,7 @@ from vllm.model_executor.layers.fused_moe.expert_slots.weights.bundle import (
     FEW,
     Bundle,
     chosen_experts,
+    kinds_of_rows,
     made_alone,
     parameters_of_experts,
 )
@@ -115,16 +116,12 @@ def _check_alike(
     Raises:
         MoEPrefetchError: it did not.
     """
-    rows, first_rows = (
-        {name: (t.shape[1:], t.dtype) for name, t in tensors.items()}
-        for tensors in (made, homes)
-    )
     same = values.keys() == first_values.keys() and all(
         value.dtype == first_values[name].dtype
         and torch.equal(value, first_values[name])
         for name, value in values.items()
     )
-    if rows != first_rows or not same:
+    if kinds_of_rows(made) != kinds_of_rows(homes) or not same:
         raise MoEPrefetchError(
             f"{layer.layer_name}: {type(layer.quant_method).__name__} made other "
             "tensors, or other values that hold for all experts, of some experts than "
